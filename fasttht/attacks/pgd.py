@@ -1,0 +1,109 @@
+"""K-step projected gradient descent (THAT, Eq. 7; Madry et al.): a pure function of the network and the images.
+
+It reads input gradients only. Parameter gradients, BN buffers, the modules' modes and the global RNG are as they
+were when it returns, also if it raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fasttht import kernels
+from fasttht.attacks.threat import Threat
+
+# The loss is multiplied by this power of two where activations are float16: with the sum (not the mean) over the
+# batch it keeps input gradients above float16's smallest subnormal, below which sign(0) = 0 stops the attack
+# silently. The sign of the gradient does not depend on it.
+FP16_LOSS_SCALE = 2.0**8
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The counters that key every random number of a step, beside the dataset row."""
+
+    seed: int
+    epoch: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """The result of an attack: images, and how healthy the last gradient was.
+
+    x_adv (B, 3, H, W); zero_grad and nan_grad are () tensors, the share of input-gradient elements that were
+    exactly zero or NaN at the last step (both 0 when no step was taken).
+    """
+
+    x_adv: Tensor
+    zero_grad: Tensor
+    nan_grad: Tensor
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every submodule in evaluation mode and bring each back to its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def attack(
+    logits: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    index: Tensor,
+    threat: Threat,
+    draw: Draw,
+    *,
+    num_classes: int,
+    loss_scale: float = 1.0,
+) -> Attacked:
+    """Draw the target and the start, then run PGD; the last iterate is returned.
+
+    Shapes: x (B, 3, H, W) in [0, 1]; y (B,), index (B,) int64. `logits` maps images to (B, C), in whatever mode
+    and autocast the caller wants. Draws depend on (draw, index) alone, so any split of a batch gives the same.
+    """
+    counters = {"seed": draw.seed, "epoch": draw.epoch, "step": draw.step}
+    start = kernels.draw_start(x, index, eps=threat.eps, clean_prob=threat.clean_prob, **counters)
+    if threat.targeted:
+        y = kernels.draw_target(y, index, num_classes, **counters)
+    return pgd_linf(logits, x, y, threat, start, loss_scale=loss_scale)
+
+
+def pgd_linf(
+    logits: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    start: Tensor,
+    *,
+    loss_scale: float = 1.0,
+) -> Attacked:
+    """Run `threat.steps` signed gradient steps from `start`, each projected on the ball and on [0, 1].
+
+    y is the label to move away from, or, if the threat is targeted, the class to move to. The loss is the sum over
+    the batch of the cross entropy, so one image's gradient does not depend on the batch size.
+    """
+    alpha = -threat.alpha if threat.targeted else threat.alpha
+    x_adv = start.detach().clone(memory_format=torch.preserve_format)
+    zero_grad = nan_grad = torch.zeros((), device=x.device)
+    for i in range(threat.steps):
+        with torch.enable_grad():
+            leaf = x_adv.detach().requires_grad_(True)
+            loss = F.cross_entropy(logits(leaf), y, reduction="sum") * loss_scale
+            (grad,) = torch.autograd.grad(loss, leaf)
+        if i == threat.steps - 1:
+            zero_grad, nan_grad = (grad == 0).float().mean(), grad.isnan().float().mean()
+        with torch.no_grad():
+            kernels.pgd_linf_step_(x_adv, grad, x, eps=threat.eps, alpha=alpha)
+    return Attacked(x_adv, zero_grad, nan_grad)

@@ -1,0 +1,125 @@
+"""From a configuration to the objects of a run: device, data, networks, state. Nothing is written to disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from fasttht.config import TrainConfig, passes
+from fasttht.errors import UsageError
+from fasttht.models.clean_encoder import CleanEncoder, load_frozen
+from fasttht.models.two_head import TwoHead
+from fasttht.objectives import OBJECTIVES
+from fasttht.pipelines.loader import Loader
+from fasttht.pipelines.plan import Augment, EpochPlan
+from fasttht.pipelines.splits import Splits
+from fasttht.schedule import Schedule
+from fasttht.state import TrainState
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    """Return the device that the run asks for.
+
+    Raises: UsageError if there is no such device, or if several processes were started.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("WORLD_SIZE: expected one process, got several; training over several is not built yet")
+    name = config.run.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device: expected cpu, cuda or cuda:N, got {name}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device: expected a device that torch can use, got {name}; there is no CUDA device")
+    return device
+
+
+def amp_dtype_of(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Return the type of the forward and backward passes: as asked, else fp16 on CUDA and fp32 elsewhere."""
+    name = config.optim.amp_dtype or ("fp16" if device.type == "cuda" else "fp32")
+    return _DTYPES[name]
+
+
+def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> TwoHead:
+    """Build f with the weights that the seed gives, channels-last; the global RNG is left as it was."""
+    settings = config.model
+    assert settings.classifier is not None, "the config was not resolved"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        model = TwoHead(
+            settings.arch,
+            num_classes,
+            stem=settings.stem,
+            width=settings.width,
+            classifier=settings.classifier,
+            scale_init=settings.scale_init,
+            feat_dim=settings.feat_dim if OBJECTIVES[config.method.objective].has_feature_head else None,
+        )
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def build_clean_encoder(config: TrainConfig, model: TwoHead) -> CleanEncoder | None:
+    """Build g as `--clean-encoder` says, or return None if the objective has none."""
+    if not OBJECTIVES[config.method.objective].has_clean_encoder:
+        return None
+    if config.method.clean_encoder == "momentum":
+        return CleanEncoder(model, frozen=False)
+    assert config.method.clean_encoder is not None, "the config was not resolved"
+    return load_frozen(model, Path(config.method.clean_encoder))
+
+
+def build_loader(config: TrainConfig, splits: Splits, device: torch.device, *, train: bool) -> Loader:
+    """Build the training or the evaluation loader.
+
+    Raises: UsageError if the training split does not fill one batch.
+    """
+    data, optim = config.data, config.optim
+    assert optim.batch_size is not None, "the config was not resolved"
+    samples = splits.train if train else splits.val
+    if train and optim.drop_last and len(samples) < optim.batch_size:
+        raise UsageError(
+            f"--batch-size: expected at most the {len(samples)} training images, got {optim.batch_size}; "
+            "make it smaller or add --no-drop-last"
+        )
+    plan = EpochPlan(
+        num_samples=len(samples),
+        batch_size=optim.batch_size if train else config.evaluation.eval_batch_size,
+        seed=config.run.seed,
+        augment=Augment(scale=data.scale, ratio=data.ratio, hflip=data.hflip) if train else None,
+        drop_last=train and optim.drop_last,
+        crop_pct=data.crop_pct,
+    )
+    workers = data.workers or len(os.sched_getaffinity(0))
+    return Loader(samples, plan, img_size=data.img_size, device=device, workers=workers)
+
+
+def build_schedule(config: TrainConfig, steps_per_pass: int) -> Schedule:
+    """Turn epochs into optimizer updates: under replay m, one pass is m epochs and m updates per batch."""
+    optim, replay = config.optim, config.attack.replay
+    assert optim.lr is not None, "the config was not resolved"
+    assert optim.decay_milestones is not None, "the config was not resolved"
+    updates_per_pass = steps_per_pass * replay
+    return Schedule(
+        optim.lr,
+        warmup_updates=round(optim.warmup_epochs / replay * updates_per_pass),
+        warmup_lr=optim.warmup_lr,
+        milestones=[passes(config, epoch) * updates_per_pass for epoch in optim.decay_milestones],
+        rate=optim.decay_rate,
+    )
+
+
+def build_state(config: TrainConfig, splits: Splits, device: torch.device, steps_per_pass: int) -> TrainState:
+    """Build the whole state of a fresh run."""
+    model = build_model(config, splits.num_classes, device)
+    return TrainState(
+        config,
+        model,
+        build_clean_encoder(config, model),
+        build_schedule(config, steps_per_pass),
+        img_size=config.data.img_size,
+        amp_dtype=amp_dtype_of(config, device),
+    )

@@ -1,0 +1,272 @@
+"""The commands: words to a configuration, a configuration to a call, an error to an exit code. No logic.
+
+Importing this module, parsing and validating never import torch; each command imports what it needs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+from cyclopts.config import Dict
+from cyclopts.exceptions import CycloptsError
+
+import fasttht
+from fasttht import config_file
+from fasttht.config import Many, TrainConfig, resolve
+from fasttht.errors import FastthtError, UsageError
+
+app = App(
+    name="fasttht",
+    help="Train adversarially robust classifiers with Two Head Adversarial Training (THAT), fast.",
+    version=fasttht.__version__,
+    result_action="return_value",
+)
+data_app = App(name="data", help="Write data sets as .beton files.")
+app.command(data_app)
+
+Config = Annotated[TrainConfig, Parameter(name="*")]
+Preset = Annotated[
+    str | None,
+    Parameter(
+        help="Named recipe to start from; `fasttht config --preset list` names them. "
+        "Default: quickstart on the embedded digits, none with --data."
+    ),
+]
+ConfigFile = Annotated[Path | None, Parameter(name="--config", help="TOML file with options, over the preset's.")]
+
+
+@app.command
+def train(*, preset: Preset = None, config_path: ConfigFile = None, config: Config | None = None) -> int:
+    """Train a network, evaluate it, and keep everything in a run folder.
+
+    The same command again resumes where it stopped, or prints the result of a finished run.
+    Without --data it trains on 1,437 embedded handwritten digits: `fasttht train --replay 4`.
+    """
+    chosen = resolve(config or TrainConfig())
+    from fasttht import log
+    from fasttht.run_folder import RunFolder
+    from fasttht.train import Trainer, default_output
+
+    folder = RunFolder(chosen.run.output or default_output(chosen))
+    row = None
+    if folder.exists():
+        folder.check_same(chosen)
+        row = folder.final()
+    if row is not None:
+        log.say(f"{folder.path} is finished; this is its result (give another --output or --seed to train again)")
+    else:
+        trainer = Trainer(chosen)
+        log.say(describe(chosen, trainer))
+        row = trainer.fit()
+    assert row is not None, "a run that was not stopped has a final row"
+    log.scores(f"{row['images']} held-out images, linf eps {words(chosen.attack.eps)}", row)
+    log.say(f"run folder: {folder.path}")
+    return 0
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Path,
+    /,
+    *,
+    eval_steps: Annotated[tuple[int, ...] | None, Many] = None,
+    goal: Literal["run", "untargeted", "targeted", "both"] = "run",
+    eval_rule: Literal["ratio", "paper"] | None = None,
+    eval_batch_size: int | None = None,
+    output: Path | None = None,
+    device: str | None = None,
+) -> int:
+    """Evaluate a run folder's newest checkpoint on clean and PGD-attacked held-out images.
+
+    Every image counts once; random starts and targets depend on the image only, not on the batch size.
+
+    Parameters
+    ----------
+    run
+        Run folder.
+    eval_steps
+        PGD lengths. Default: the run's own.
+    goal
+        Attack goals. run: untargeted, and targeted too if the run trained against that.
+    eval_rule
+        Step size for K steps. ratio: 2.5 eps/K; paper: max(1/255, eps/K). Default: the run's own.
+    eval_batch_size
+        Images per batch. Default: the run's own.
+    output
+        Also write the row as one JSON line to this file.
+    device
+        Default: cuda if there is one, else cpu.
+    """
+    from fasttht.evaluate import evaluate_run
+
+    settings = {"eval_steps": eval_steps, "eval_rule": eval_rule, "eval_batch_size": eval_batch_size}
+    changes = {name: value for name, value in settings.items() if value is not None}
+    evaluate_run(run, changes=changes, goal=goal, output=output, device=device)
+    return 0
+
+
+@app.command(name="config")
+def show_config(*, preset: Preset = None, config_path: ConfigFile = None, config: Config | None = None) -> int:
+    """Print the resolved configuration as TOML: what `train` with the same words would run."""
+    sys.stdout.write(config_file.to_toml(resolve(config or TrainConfig())))
+    return 0
+
+
+@data_app.command(name="write")
+def data_write(
+    kind: Literal["imagenet", "folder", "digits"],
+    /,
+    *,
+    source: Path | None = None,
+    output: Path,
+    encode: Literal["passthrough", "jpeg", "raw"] = "passthrough",
+    max_resolution: int | None = None,
+    quality: int = 95,
+    seed: int = 0,
+    val_fraction: float = 0.1,
+    force: bool = False,
+) -> int:
+    """Write train.beton and val.beton, which stock FFCV reads too.
+
+    Parameters
+    ----------
+    kind
+        imagenet: train/ and val/ of wnid folders; folder: any class-per-folder tree; digits: the embedded ones.
+    source
+        Folder of the images; not used for digits.
+    output
+        Folder to write into.
+    encode
+        passthrough: keep JPEG bytes as they are where possible; jpeg: encode all anew; raw: pixels.
+    max_resolution
+        Shrink images whose longest side is larger, in pixels; 0 disables. Default: 500 for imagenet, else 0.
+    quality
+        JPEG quality of what is encoded anew, 1 to 100.
+    seed
+        Seed of the order in which images are laid down, and of the hold-out.
+    val_fraction
+        Share of each class held out where a folder has no val split.
+    force
+        Replace files that exist.
+    """
+    if (source is None) != (kind == "digits"):
+        got = "nothing" if source is None else str(source)
+        expected = "no --source for digits" if kind == "digits" else f"--source FOLDER for {kind}"
+        raise UsageError(f"--source: expected {expected}, got {got}")
+    if not 1 <= quality <= 100:
+        raise UsageError(f"--quality: expected 1 to 100, got {quality}")
+    if not 0 < val_fraction < 1:
+        raise UsageError(f"--val-fraction: expected a share between 0 and 1, got {val_fraction:g}")
+    if max_resolution is not None and max_resolution < 0:
+        raise UsageError(f"--max-resolution: expected a number of pixels, or 0, got {max_resolution}")
+    from fasttht import log
+    from fasttht.pipelines.writer import write_dataset
+
+    with log.WriteScreen() as screen:
+        reports = write_dataset(
+            kind, source, output, encode=encode, quality=quality, seed=seed, val_fraction=val_fraction, force=force,
+            max_resolution="default" if max_resolution is None else max_resolution or None, progress=screen.advance,
+        )  # fmt: skip
+    log.table(
+        str(output),
+        ("split", "images", "MB", "how"),
+        (
+            (
+                f"{split}.beton",
+                f"{report.num_samples:,}",
+                f"{report.num_bytes / 1e6:.1f}",
+                ", ".join(f"{count:,} {outcome}" for outcome, count in report.counts.items()),
+            )
+            for split, report in reports.items()
+        ),
+    )
+    return 0
+
+
+def describe(config: TrainConfig, trainer: Any) -> str:
+    """Return the lines that open a run: what is trained, on what, for how long."""
+    settings, optim = config.attack, config.optim
+    train, val = trainer.splits.train, trainer.splits.val
+    how = f"free, {settings.replay} replays" if settings.replay > 1 else f"PGD-{settings.steps}"
+    if config.method.objective == "clean":
+        how = "no attack"
+    lines = [
+        f"objective {config.method.objective}, {config.model.arch} on {trainer.device}, {how}, "
+        f"linf eps {words(settings.eps)}, alpha {words(settings.alpha)}",
+        f"data {config.data.data or 'embedded digits'}: {len(train):,} training and {len(val):,} held-out images, "
+        f"{trainer.splits.num_classes} classes",
+        f"{trainer.num_passes} passes ({optim.epochs} epochs at replay {settings.replay}) of "
+        f"{trainer.steps_per_pass} steps, batch {optim.batch_size}, lr {optim.lr:g}",
+    ]
+    if config.method.objective == "that":
+        lines.append(f"clean encoder {config.method.clean_encoder}, bank {config.method.bank_size}")
+    if trainer.resumed:
+        lines.append(f"resuming {trainer.folder.path} after step {trainer.state.step} of {trainer.total_steps}")
+    return "\n".join(lines)
+
+
+def words(pixels: float | None) -> str:
+    """Return a pixel-space length for people: 16/255 where it is one, else a number."""
+    assert pixels is not None, "the config was not resolved"
+    levels = pixels * 255
+    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-9 and levels else f"{pixels:g}"
+
+
+def layers(tokens: list[str]) -> list[Dict]:
+    """Return the configuration layers under the flags, strongest first: the file, then the preset.
+
+    Raises: UsageError for a preset or file that is not there.
+    """
+    preset, path, data = (_value(tokens, flag) for flag in ("--preset", "--config", "--data"))
+    found = []
+    file = config_file.read_config_file(Path(path)) if path else {}
+    if path:
+        found.append(Dict(file, use_commands_as_keys=False, source=path))
+    if preset is None and data is None and "data" not in file:
+        preset = config_file.QUICKSTART
+    if preset is not None:
+        options = config_file.read_preset(preset)
+        found.append(Dict(options, use_commands_as_keys=False, source=f"preset {preset}"))
+    return found
+
+
+def _value(tokens: list[str], flag: str) -> str | None:
+    """Return what follows a flag, before the words are parsed: the layers below them must be known first."""
+    for i, token in enumerate(tokens):
+        if token == flag and i + 1 < len(tokens):
+            return tokens[i + 1]
+        if token.startswith(flag + "="):
+            return token.removeprefix(flag + "=")
+    return None
+
+
+def main(tokens: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    tokens = sys.argv[1:] if tokens is None else tokens
+    sys.exit(run(tokens))
+
+
+def run(tokens: list[str]) -> int:
+    """Run one command and return its exit code; a user's mistake prints one line to stderr, no traceback."""
+    from fasttht.log import fail
+    from fasttht.pipelines import DataError
+
+    try:
+        app.config = layers(tokens) if tokens[:1] in (["train"], ["config"]) else []
+        result = app(tokens, exit_on_error=False, print_error=False)
+        return int(result or 0)
+    except CycloptsError as error:
+        fail(" ".join(str(error).split()))
+        return 2
+    except FastthtError as error:
+        fail(str(error))
+        return error.exit_code
+    except DataError as error:
+        fail(str(error))
+        return 3
+    except KeyboardInterrupt:
+        fail("stopped; the same command again continues from the last checkpoint")
+        return 130

@@ -1,0 +1,308 @@
+"""Every option of a run: its flag, default, unit and the value that disables it. No torch here.
+
+Layers, later ones win: the defaults below, the preset, the configuration file, the flags. A `None` default is
+derived from the others by `resolve`, which also refuses what cannot be; `fasttht config` prints the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Group, Parameter, Token
+
+from fasttht.errors import UsageError
+
+
+def parse_pixels(type_: object, tokens: Sequence[Token]) -> float:
+    """Parse a pixel-space length: a fraction such as 16/255, or a number in [0, 1]. Never `eval`."""
+    text = tokens[0].value
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"expected a number in [0, 1] or a fraction, got {text}; for example 16/255") from None
+    if not 0 <= value <= 1:
+        hint = f"; did you mean {text}/255?" if value > 1 else ""
+        raise ValueError(f"expected a number in [0, 1] or a fraction, got {text}{hint}")
+    return value
+
+
+Pixels = Annotated[float, Parameter(converter=parse_pixels, n_tokens=1)]
+Many = Parameter(consume_multiple=True, negative="")
+Pair = Parameter(negative="")
+
+
+def _section(title: str, order: int) -> Parameter:
+    return Parameter(name="*", group=Group(title, sort_key=order))
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What is trained on and how it is cut."""
+
+    data: Path | None = None
+    "Folder with train.beton and val.beton, or an image tree with train/ and val/. Default: the embedded digits."
+    img_size: int = 224
+    "Side of the square training image, in pixels."
+    scale: Annotated[tuple[float, float], Pair] = (0.08, 1.0)
+    "Range of the random crop's share of the image area; 1 1 disables random cropping."
+    ratio: Annotated[tuple[float, float], Pair] = (0.75, 1.3333333333333333)
+    "Range of the random crop's width over height."
+    hflip: float = 0.5
+    "Probability of a horizontal flip; 0 disables."
+    crop_pct: float = 0.875
+    "Share of the short side kept by the evaluation's centre crop."
+    workers: int | None = None
+    "Decoding threads. Default: one per core."
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The robust encoder f."""
+
+    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
+    "Trunk."
+    stem: Literal["imagenet", "small"] = "imagenet"
+    "imagenet: 7x7 stride 2 and a max-pool; small: 3x3 stride 1, for images up to 64 pixels."
+    width: int = 64
+    "Channels of the first stage; 64 is the standard network."
+    classifier: Literal["cosine", "linear"] | None = None
+    "Eq. 6's cosine classifier, or a linear one with bias. Default: cosine for `that`, linear for the others."
+    scale_init: float = 16.0
+    "Initial sharpness s = 1/eta of the cosine classifier; learnt, kept in [1, 100]."
+    feat_dim: int = 128
+    "Size of the feature head's output."
+
+
+@dataclass(kw_only=True)
+class AttackConfig:
+    """The attack that is trained against. Lengths are in [0, 1] pixels: write 16/255."""
+
+    eps: Pixels | None = None
+    "Radius of the linf ball. Default: 16/255, under --replay 4/255."
+    alpha: Pixels | None = None
+    "Step size. Default: eps/4, under --replay eps."
+    steps: int | None = None
+    "PGD steps of standard adversarial training. Default: 10. Not together with --replay."
+    replay: int = 1
+    "Replays of each minibatch in free adversarial training; 1 disables it (standard training)."
+    targeted: bool | None = None
+    "Attack a random other class. Default: yes in standard training, no under --replay."
+    start_clean_prob: float = 0.2
+    "Share of training minibatches whose attack starts from the clean image; 0 disables."
+
+
+@dataclass(kw_only=True)
+class MethodConfig:
+    """The objective and, for `that`, its clean encoder and memory bank."""
+
+    objective: Literal["that", "at", "clean"] = "that"
+    "that: both heads (Eq. 7); at: cross entropy on adversarial images; clean: on clean images, no attack."
+    clean_encoder: str | None = None
+    "`momentum` (a slow copy of f, Table 7), or a file or run folder to load and freeze. Required for `that`."
+    encoder_momentum: float = 0.999
+    "Momentum m of the momentum encoder: g <- m g + (1 - m) f after every update."
+    tau: float = 0.2
+    "Temperature of the contrastive loss (Eq. 5)."
+    lambda_cl: float = 1.0
+    "Weight of the contrastive loss; 0 keeps the head but gives it no gradient."
+    bank_size: int = 32768
+    "Clean features kept as negatives; 0 turns `that` into `at`, as in Table 6."
+    negatives: Literal["bank", "batch", "both"] = "bank"
+    "Where Eq. 5 takes its negatives from."
+    mask_same_index: bool = True
+    "Never use an image's own older feature as its negative."
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """SGD and its schedule. An epoch is a replayed one: under --replay m, m of them are one pass over the data."""
+
+    epochs: int | None = None
+    "Training length in epochs. Default: 100, under --replay 90 (ceil(90/m) passes)."
+    batch_size: int | None = None
+    "Images per optimizer step over all GPUs. Default: 4096, under --replay 2048."
+    grad_accum_steps: int = 1
+    "Split each batch into this many parts to save memory; the bank and delta still see the whole batch."
+    lr: float | None = None
+    "Peak learning rate. Default: 0.1 x batch/256."
+    momentum: float = 0.9
+    "Momentum of SGD."
+    nesterov: bool = True
+    "Nesterov momentum."
+    weight_decay: float = 1e-4
+    "Decay of convolution and linear weights; BN, biases and eta never decay. 0 disables."
+    warmup_epochs: float = 5.0
+    "Epochs of linear warm-up from --warmup-lr; 0 disables."
+    warmup_lr: float = 0.0
+    "Learning rate that the warm-up starts from."
+    decay_milestones: Annotated[tuple[int, ...] | None, Many] = None
+    "Epochs at which the rate drops. Default: 35, 60 and 90 % of --epochs, under --replay each third."
+    decay_rate: float = 0.1
+    "Factor of each drop."
+    smoothing: float = 0.1
+    "Label smoothing of the training loss, never of the attack; 0 disables."
+    amp_dtype: Literal["fp16", "bf16", "fp32"] | None = None
+    "Type of the forward and backward passes. Default: fp16 on CUDA, fp32 on CPU. Evaluation is always fp32."
+    model_ema: bool = False
+    "Keep an exponential moving average of the weights, and evaluate that."
+    model_ema_decay: float = 0.9998
+    "Decay of the moving average."
+    drop_last: bool = True
+    "Leave the short last batch out of each pass."
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """The evaluation: every held-out image once, float32, from noise, last iterate."""
+
+    eval_steps: Annotated[tuple[int, ...], Many] = (10, 50)
+    "PGD lengths to evaluate; --eval-steps 0 is noise alone."
+    eval_rule: Literal["ratio", "paper"] = "ratio"
+    "Step size for K steps. ratio: 2.5 eps/K; paper: max(1/255, eps/K)."
+    eval_interval: int = 0
+    "Evaluate every so many passes as well as at the end; 0 disables."
+    eval_batch_size: int = 256
+    "Images per evaluation batch; does not change the draws."
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Where a run lives and how it reports."""
+
+    output: Path | None = None
+    "Run folder. Default: runs/NAME-HASH, so the same command finds, and resumes, its own run."
+    seed: int = 0
+    "Seed of the initial weights and of every draw."
+    device: str | None = None
+    "Default: cuda if there is one, else cpu."
+    resume: Literal["auto", "never"] = "auto"
+    "auto: continue from the run folder's newest checkpoint; never: refuse a run folder that has one."
+    checkpoint_interval: int = 0
+    "Steps between checkpoints, beside the one after every pass; 0 disables."
+    checkpoint_hist: int = 2
+    "Checkpoints kept."
+    log_interval: int = 50
+    "Steps between rows of metrics.jsonl; the only times the host waits for the device."
+    tensorboard: bool = False
+    "Also write tb/ (needs the `tensorboard` extra)."
+
+
+@Parameter(name="*")
+@dataclass(kw_only=True)
+class TrainConfig:
+    """All options of a run, in sections."""
+
+    data: Annotated[DataConfig, _section("Data", 1)] = field(default_factory=DataConfig)
+    model: Annotated[ModelConfig, _section("Model", 2)] = field(default_factory=ModelConfig)
+    attack: Annotated[AttackConfig, _section("Attack", 3)] = field(default_factory=AttackConfig)
+    method: Annotated[MethodConfig, _section("Method", 4)] = field(default_factory=MethodConfig)
+    optim: Annotated[OptimConfig, _section("Optimisation", 5)] = field(default_factory=OptimConfig)
+    evaluation: Annotated[EvalConfig, _section("Evaluation", 6)] = field(default_factory=EvalConfig)
+    run: Annotated[RunConfig, _section("Run", 7)] = field(default_factory=RunConfig)
+
+
+def passes(config: TrainConfig, epochs: float) -> int:
+    """Return how many passes over the data a number of (replayed) epochs is, rounded up."""
+    return math.ceil(epochs / config.attack.replay)
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Fill in what is derived and refuse what cannot be; returns a new config without Nones that matter.
+
+    Raises: UsageError naming the flag, what it expects, what it got and what to do.
+    """
+    config = dataclasses.replace(
+        config, **{f.name: dataclasses.replace(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    )
+    data, attack, method, optim = config.data, config.attack, config.method, config.optim
+    free = attack.replay > 1
+    if free and attack.steps is not None:
+        raise UsageError(
+            f"--replay {attack.replay}: expected no --steps beside it, got --steps {attack.steps}; "
+            "free training replays minibatches instead of taking PGD steps: drop one of the two"
+        )
+    if method.objective == "that" and method.bank_size == 0 and method.negatives == "bank":
+        method.objective = "at"
+    if method.objective == "clean" and free:
+        raise UsageError("--objective clean: expected no --replay, got --replay; clean training has no attack")
+    if free and attack.targeted:
+        raise UsageError("--replay: expected an untargeted attack, got --targeted; free training ascends on the label")
+    _check_ranges(config)
+
+    if attack.eps is None:
+        attack.eps = 4 / 255 if free else 16 / 255
+    if attack.alpha is None:
+        attack.alpha = attack.eps if free else attack.eps / 4
+    if attack.targeted is None:
+        attack.targeted = not free
+    if not free and attack.steps is None:
+        attack.steps = 10
+    if config.model.classifier is None:
+        config.model.classifier = "cosine" if method.objective == "that" else "linear"
+    if optim.epochs is None:
+        optim.epochs = 90 if free else 100
+    if optim.batch_size is None:
+        optim.batch_size = 2048 if free else 4096
+    if optim.lr is None:
+        optim.lr = 0.1 * optim.batch_size / 256
+    if optim.decay_milestones is None:
+        if free:  # every ceil(epochs/3/m) passes, said in epochs
+            third = passes(config, optim.epochs / 3) * attack.replay
+            optim.decay_milestones = (third, 2 * third)
+        else:
+            optim.decay_milestones = tuple(round(optim.epochs * share) for share in (0.35, 0.6, 0.9))
+    if optim.batch_size % optim.grad_accum_steps:
+        raise UsageError(
+            f"--grad-accum-steps: expected a divisor of the batch size {optim.batch_size}, got {optim.grad_accum_steps}"
+        )
+    if method.objective != "that":
+        method.clean_encoder = None
+    elif method.clean_encoder is None and data.data is not None:
+        raise UsageError(
+            "--clean-encoder: expected a file, a run folder or `momentum`, got nothing; THAT pulls features to a "
+            "clean encoder's: give a self-supervised one, or `momentum` for the variant of Table 7"
+        )
+    elif method.clean_encoder is None:
+        method.clean_encoder = "momentum"
+    return config
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    data, attack, method, optim = config.data, config.attack, config.method, config.optim
+    at_least: list[tuple[str, float | None, float]] = [
+        ("--img-size", data.img_size, 1), ("--workers", data.workers, 1), ("--width", config.model.width, 1),
+        ("--feat-dim", config.model.feat_dim, 1), ("--steps", attack.steps, 0), ("--replay", attack.replay, 1),
+        ("--bank-size", method.bank_size, 0), ("--lambda-cl", method.lambda_cl, 0), ("--epochs", optim.epochs, 1),
+        ("--batch-size", optim.batch_size, 1), ("--grad-accum-steps", optim.grad_accum_steps, 1),
+        ("--lr", optim.lr, 0), ("--weight-decay", optim.weight_decay, 0), ("--warmup-lr", optim.warmup_lr, 0),
+        ("--warmup-epochs", optim.warmup_epochs, 0), ("--decay-rate", optim.decay_rate, 0),
+        ("--eval-interval", config.evaluation.eval_interval, 0), ("--scale-init", config.model.scale_init, 1),
+        ("--eval-batch-size", config.evaluation.eval_batch_size, 1), ("--seed", config.run.seed, 0),
+        ("--checkpoint-interval", config.run.checkpoint_interval, 0), ("--log-interval", config.run.log_interval, 1),
+        ("--checkpoint-hist", config.run.checkpoint_hist, 1), ("--eval-steps", min(config.evaluation.eval_steps), 0),
+    ]  # fmt: skip
+    for flag, value, low in at_least:
+        if value is not None and not value >= low:
+            raise UsageError(f"{flag}: expected at least {low:g}, got {value:g}")
+    shares = [
+        ("--hflip", data.hflip), ("--start-clean-prob", attack.start_clean_prob), ("--momentum", optim.momentum),
+        ("--encoder-momentum", method.encoder_momentum), ("--smoothing", optim.smoothing),
+        ("--model-ema-decay", optim.model_ema_decay), ("--crop-pct", data.crop_pct),
+    ]  # fmt: skip
+    for flag, value in shares:
+        if not 0 <= value <= 1:
+            raise UsageError(f"{flag}: expected a number in [0, 1], got {value:g}")
+    if not method.tau > 0:
+        raise UsageError(f"--tau: expected a positive temperature, got {method.tau:g}")
+    if not 0 < data.scale[0] <= data.scale[1] <= 1:
+        raise UsageError(f"--scale: expected 0 < low <= high <= 1, got {data.scale[0]:g} {data.scale[1]:g}")
+    if not 0 < data.ratio[0] <= data.ratio[1]:
+        raise UsageError(f"--ratio: expected 0 < low <= high, got {data.ratio[0]:g} {data.ratio[1]:g}")
+    if optim.nesterov and not optim.momentum > 0:
+        raise UsageError("--momentum: expected more than 0 with Nesterov momentum, got 0; add --no-nesterov")

@@ -1,0 +1,123 @@
+"""Configurations on disk: presets and files read in, a run's own written out and told apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import tomllib
+from fractions import Fraction
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fasttht.config import TrainConfig
+from fasttht.errors import UsageError
+
+QUICKSTART = "quickstart"
+
+# Options that change where or how a run is computed, but not what is computed: a resume may change them.
+_NOT_IDENTITY = {
+    "output", "workers", "device", "resume", "checkpoint_interval", "checkpoint_hist", "log_interval",
+    "eval_batch_size", "tensorboard",
+}  # fmt: skip
+
+
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Return every option by its name, without sections; paths become strings."""
+    out: dict[str, Any] = {}
+    for section in dataclasses.fields(config):
+        for key, value in dataclasses.asdict(getattr(config, section.name)).items():
+            out[key] = str(value) if isinstance(value, Path) else value
+    return out
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """Return the options that decide what a run computes: two runs with equal ones are the same run."""
+    return json.loads(  # type: ignore[no-any-return]
+        json.dumps({k: v for k, v in sorted(flat(config).items()) if k not in _NOT_IDENTITY})
+    )
+
+
+def digest(config: TrainConfig) -> str:
+    """Return eight hex digits of the identity, the end of a run folder's default name."""
+    return hashlib.sha256(json.dumps(identity(config)).encode()).hexdigest()[:8]
+
+
+def to_toml(config: TrainConfig) -> str:
+    """Return the configuration as a file that `--config` reads back to the same run."""
+    lines = []
+    for section in dataclasses.fields(config):
+        lines.append(f"# {section.name}")
+        for key, value in dataclasses.asdict(getattr(config, section.name)).items():
+            if value is not None:
+                lines.append(f"{key} = {_toml_value(key, value)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(key: str, value: Any) -> str:
+    if key in ("eps", "alpha"):
+        levels = Fraction(value).limit_denominator(255 * 64)
+        if float(levels) == value and 255 % levels.denominator == 0 and levels.denominator > 1:
+            return f'"{levels * 255}/255"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value("", item) for item in value) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(str(value) if isinstance(value, Path) else value)
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that come with the package."""
+    files = resources.files("fasttht.presets").iterdir()
+    return sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """Return the options of a preset.
+
+    Raises: UsageError with the known names, the nearest first.
+    """
+    names = preset_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        raise UsageError(f"--preset: expected the name of a preset, got {name}; {hint}")
+    return tomllib.loads(resources.files("fasttht.presets").joinpath(f"{name}.toml").read_text())
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Return the options of a TOML file.
+
+    Raises: UsageError if there is no such file or it is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"--config: expected a readable file, got {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config: expected TOML in {path}, got: {error}") from None
+
+
+def from_flat(options: dict[str, Any], *, where: str) -> TrainConfig:
+    """Build a configuration from options by name, as `to_toml` writes them.
+
+    Raises: UsageError naming an option that does not exist.
+    """
+    config = TrainConfig()
+    left = dict(options)
+    for section in dataclasses.fields(config):
+        part = getattr(config, section.name)
+        for option in dataclasses.fields(part):
+            if option.name in left:
+                value = left.pop(option.name)
+                if option.name in ("eps", "alpha"):
+                    value = float(Fraction(value))
+                elif option.name in ("data", "output"):
+                    value = Path(value)
+                setattr(part, option.name, tuple(value) if isinstance(value, list) else value)
+    if left:
+        raise UsageError(f"{where}: expected only known options, got {', '.join(sorted(left))}")
+    return config

@@ -1,0 +1,163 @@
+"""Accuracy on clean and attacked held-out images: exact counts, draws keyed by image.
+
+Every image counts once. The attack always starts from noise and returns its last iterate; float32, no TF32, no
+autocast. Random numbers depend on (seed, dataset row) alone, so they are the same for any batch size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasttht import checkpoint, kernels, log
+from fasttht.attacks.pgd import Draw, attack, evaluating
+from fasttht.attacks.threat import Threat
+from fasttht.build import build_loader, build_model, device_of
+from fasttht.config import TrainConfig
+from fasttht.errors import CheckpointError
+from fasttht.models.two_head import TwoHead
+from fasttht.pipelines.loader import Loader
+from fasttht.pipelines.splits import open_splits
+from fasttht.run_folder import RunFolder
+
+# What `--goal` means as values of Threat.targeted; None leaves it to the run.
+GOALS: dict[str, tuple[bool, ...] | None] = {
+    "run": None, "untargeted": (False,), "targeted": (True,), "both": (False, True),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many of `images` were classified correctly."""
+
+    correct: int
+    images: int
+
+    @property
+    def top1(self) -> float:
+        """Accuracy in percent."""
+        return 100 * self.correct / self.images
+
+
+def step_size(eps: float, steps: int, rule: str) -> float:
+    """Return the evaluation's alpha: 2.5 eps/K (`ratio`), or max(1/255, eps/K) (`paper`)."""
+    return max(1 / 255, eps / max(steps, 1)) if rule == "paper" else 2.5 * eps / max(steps, 1)
+
+
+def threats(config: TrainConfig, goals: Sequence[bool] | None = None) -> list[Threat]:
+    """Return the attacks that a configuration asks to evaluate.
+
+    goals lists values of `targeted`; by default untargeted, and targeted too if the run trained against that.
+    """
+    evaluation, eps = config.evaluation, config.attack.eps
+    assert eps is not None, "the config was not resolved"
+    if goals is None:
+        goals = (False, True) if config.attack.targeted else (False,)
+    return [
+        Threat(eps=eps, alpha=step_size(eps, steps, evaluation.eval_rule), steps=steps, targeted=targeted)
+        for targeted in goals
+        for steps in evaluation.eval_steps
+    ]
+
+
+def evaluate(
+    model: TwoHead,
+    loader: Loader,
+    attacks: Sequence[Threat],
+    *,
+    seed: int,
+    num_classes: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, Score]:
+    """Count correct predictions on clean images and under each attack; the model's mode is restored.
+
+    The loader must be an evaluation loader; it is walked once. Returns a Score by name: `clean`, `pgd10`, ...
+    on_batch is called with the number of images done.
+    """
+    device = next(model.parameters()).device
+    counts = torch.zeros(1 + len(attacks), dtype=torch.int64, device=device)
+    images = 0
+    with evaluating(model), _full_precision():
+        for batch in loader:
+            x = kernels.u8_to_input(batch.x)
+            with torch.no_grad():
+                counts[0] += (model.logits(x).argmax(dim=1) == batch.y).sum()
+            for i, threat in enumerate(attacks, start=1):
+                attacked = attack(model.logits, x, batch.y, batch.index, threat, Draw(seed), num_classes=num_classes)
+                with torch.no_grad():
+                    counts[i] += (model.logits(attacked.x_adv).argmax(dim=1) == batch.y).sum()
+            images += len(batch.y)
+            if on_batch is not None:
+                on_batch(images)
+    names = ["clean", *(threat.name for threat in attacks)]
+    return {name: Score(correct, images) for name, correct in zip(names, counts.tolist(), strict=True)}
+
+
+def evaluate_run(
+    path: Path, *, changes: dict[str, Any], goal: str, output: Path | None = None, device: str | None = None
+) -> dict[str, Any]:
+    """Evaluate a run folder's newest checkpoint, print the table, and return the row.
+
+    changes are options of the evaluation section that differ from the run's. The moving average of the weights is
+    what is evaluated, if the run keeps one. Nothing in the run folder is changed.
+
+    Raises: CheckpointError if there is no whole checkpoint; DataError if the run's data are gone.
+    """
+    folder = RunFolder(path)
+    config = folder.config()
+    config.evaluation = dataclasses.replace(config.evaluation, **changes)
+    config.run = dataclasses.replace(config.run, device=device)
+    found = checkpoint.newest(path)
+    if found is None:
+        raise CheckpointError(f"{path}: expected a run with a checkpoint, got none yet")
+    meta = checkpoint.read_meta(found)
+    target, splits = device_of(config), open_splits(config.data.data)
+    if splits.num_classes != meta["num_classes"]:
+        raise CheckpointError(
+            f"{path}: expected data of {meta['num_classes']} classes, as the run was trained on, "
+            f"got {splits.num_classes}"
+        )
+    model = build_model(config, splits.num_classes, target)
+    name = "ema" if config.optim.model_ema else "model"
+    checkpoint.restore(found, {name: dict(model.state_dict())})
+    loader = build_loader(config, splits, target, train=False)
+    attacks = threats(config, GOALS[goal])
+    with log.Screen("evaluate", len(splits.val), "images") as screen:
+        scores = evaluate(
+            model,
+            loader,
+            attacks,
+            seed=config.run.seed,
+            num_classes=splits.num_classes,
+            on_batch=screen.advance,
+        )
+    row = {"checkpoint": found.name, **record(scores)}
+    log.scores(f"{path} at {found.name}: {row['images']} held-out images", row)
+    if output is not None:
+        output.write_text(json.dumps(row) + "\n")
+    return row
+
+
+def record(scores: dict[str, Score]) -> dict[str, float | int]:
+    """Return scores as a flat row: `clean_top1`, `pgd10_top1`, ... in percent, and the number of images."""
+    row: dict[str, float | int] = {f"{name}_top1": round(score.top1, 4) for name, score in scores.items()}
+    row["images"] = next(iter(scores.values())).images
+    return row
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Turn TF32 off: its 10-bit mantissa moves logits by more than a late PGD step does."""
+    matmul, conv = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, conv

@@ -1,0 +1,1 @@
+"""The robust encoder, its trunk and the clean encoder."""

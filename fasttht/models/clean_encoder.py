@@ -1,0 +1,87 @@
+"""The clean encoder g: the features that adversarial ones are pulled to (THAT, sections 3 and 4.3).
+
+`frozen`: weights from a file, evaluation-mode BN, never trained; the paper's default.
+`momentum`: starts as a copy of f and follows it slowly (Table 7), train-mode BN on clean images.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fasttht.errors import CheckpointError
+from fasttht.models.two_head import FeatureHead, Normalize, TwoHead
+
+
+class CleanEncoder(nn.Module):
+    """g: [0, 1] pixels to unit-norm features; no gradient ever reaches it.
+
+    Shapes: x (B, 3, H, W); returns feat_clean (B, D), float32 or wider, unit norm.
+    """
+
+    def __init__(self, model: TwoHead, *, frozen: bool) -> None:
+        super().__init__()
+        if model.feature_head is None:
+            raise ValueError("clean encoder: expected a model with a feature head, got one without")
+        self.frozen = frozen
+        self.normalize: Normalize = copy.deepcopy(model.normalize)
+        self.trunk = copy.deepcopy(model.trunk)
+        self.feature_head: FeatureHead = copy.deepcopy(model.feature_head)
+        self.requires_grad_(False)
+        self.train(not frozen)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        feat: Tensor = self.feature_head(self.trunk(self.normalize(x)))
+        return feat
+
+    @torch.no_grad()
+    def follow_(self, model: TwoHead, rate: Tensor) -> None:
+        """Move every parameter by `rate` = 1 - m towards f's, in place; BN buffers are g's own.
+
+        rate is a () tensor, so that a skipped optimizer step can pass 0 without a host sync.
+        """
+        assert model.feature_head is not None, "a momentum encoder follows a model with a feature head"
+        lerp_(
+            [*self.trunk.parameters(), *self.feature_head.parameters()],
+            [*model.trunk.parameters(), *model.feature_head.parameters()],
+            rate,
+        )
+
+
+def lerp_(targets: list[Tensor], sources: list[Tensor], rate: Tensor) -> None:
+    """Move every target by `rate` (a () tensor) of the way to its source, in place."""
+    gaps = torch._foreach_sub(sources, targets)
+    torch._foreach_mul_(gaps, rate)
+    torch._foreach_add_(targets, gaps)
+
+
+def load_frozen(model: TwoHead, path: Path) -> CleanEncoder:
+    """Build a frozen g of f's architecture with weights from `path`.
+
+    `path` is a safetensors file with `trunk.*` and `feature_head.*` keys, or a run folder: then its momentum
+    clean encoder if it has one, else its robust encoder.
+
+    Raises: CheckpointError naming the first key that is missing or of another shape.
+    """
+    from fasttht.checkpoint import read_encoder
+
+    tensors = read_encoder(path)
+    encoder = CleanEncoder(model, frozen=True)
+    for name, own in encoder.state_dict().items():
+        found = tensors.get(name)
+        if found is None:
+            raise CheckpointError(
+                f"{path}: expected {name} of shape {tuple(own.shape)}, got no such tensor; "
+                "is it a clean encoder of the same --arch, --stem and --width, with a feature head?"
+            )
+        if found.shape != own.shape:
+            raise CheckpointError(
+                f"{path}: expected {name} of shape {tuple(own.shape)}, got {tuple(found.shape)}; "
+                "the clean encoder needs the same --arch, --stem and --width"
+            )
+        own.copy_(found)
+    return encoder

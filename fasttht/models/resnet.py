@@ -1,0 +1,137 @@
+"""ResNet-18/34/50/101/152 (v1.5: the stride sits on the 3x3), with torchvision's state-dict keys.
+
+Written here rather than imported because the stem, the width and (later) the normalisation and the blocks vary
+with the recipe, and torchvision cannot be installed beside every torch build.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Stem = Literal["imagenet", "small"]
+
+# name -> (bottleneck?, blocks per stage)
+ARCHS: dict[str, tuple[bool, tuple[int, int, int, int]]] = {
+    "resnet18": (False, (2, 2, 2, 2)),
+    "resnet34": (False, (3, 4, 6, 3)),
+    "resnet50": (True, (3, 4, 6, 3)),
+    "resnet101": (True, (3, 4, 23, 3)),
+    "resnet152": (True, (3, 8, 36, 3)),
+}
+
+
+def _conv(channels_in: int, channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels, kernel, stride=stride, padding=kernel // 2, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, channels_in: int, channels: int, stride: int, downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.conv1 = _conv(channels_in, channels, 3, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _conv(channels, channels, 3)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(out + shortcut)  # type: ignore[no-any-return]
+
+
+class Bottleneck(nn.Module):
+    """1x1 reduce, 3x3, 1x1 expand by four, and a shortcut."""
+
+    expansion = 4
+
+    def __init__(self, channels_in: int, channels: int, stride: int, downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.conv1 = _conv(channels_in, channels, 1)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _conv(channels, channels, 3, stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = _conv(channels, channels * self.expansion, 1)
+        self.bn3 = nn.BatchNorm2d(channels * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu(out + shortcut)  # type: ignore[no-any-return]
+
+
+class ResNet(nn.Module):
+    """A ResNet trunk: images to pooled features.
+
+    Shapes: x (B, 3, H, W), already normalised; returns (B, num_features).
+    Stem `imagenet`: 7x7 stride 2 and a 3x3 max-pool; `small`: 3x3 stride 1, no pool (images up to ~64 px).
+    `width` is the channel count of the first stage, 64 in the standard networks.
+
+    Raises: ValueError for an unknown architecture or stem.
+    """
+
+    def __init__(self, arch: str = "resnet50", *, stem: Stem = "imagenet", width: int = 64) -> None:
+        super().__init__()
+        if arch not in ARCHS:
+            raise ValueError(f"arch: expected one of {', '.join(ARCHS)}, got {arch}")
+        if stem not in ("imagenet", "small"):
+            raise ValueError(f"stem: expected imagenet or small, got {stem}")
+        bottleneck, blocks = ARCHS[arch]
+        block = Bottleneck if bottleneck else BasicBlock
+        if stem == "imagenet":
+            self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+            self.maxpool: nn.Module = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        else:
+            self.conv1 = _conv(3, width, 3)
+            self.maxpool = nn.Identity()
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.num_features = width
+        self.layer1 = self._stage(block, width, blocks[0], 1)
+        self.layer2 = self._stage(block, width * 2, blocks[1], 2)
+        self.layer3 = self._stage(block, width * 4, blocks[2], 2)
+        self.layer4 = self._stage(block, width * 8, blocks[3], 2)
+        self._init_weights()
+
+    def _stage(
+        self, block: type[BasicBlock] | type[Bottleneck], channels: int, num_blocks: int, stride: int
+    ) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for i in range(num_blocks):
+            channels_out = channels * block.expansion
+            block_stride = stride if i == 0 else 1
+            downsample = None
+            if block_stride != 1 or self.num_features != channels_out:
+                downsample = nn.Sequential(
+                    _conv(self.num_features, channels_out, 1, block_stride), nn.BatchNorm2d(channels_out)
+                )
+            layers.append(block(self.num_features, channels, block_stride, downsample))
+            self.num_features = channels_out
+        return nn.Sequential(*layers)
+
+    def _init_weights(self) -> None:
+        """He fan-out for convolutions; gamma of each block's last BN is zero, so blocks start as identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
+            elif isinstance(module, BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)

@@ -1,0 +1,1 @@
+"""Named configurations: one TOML file per recipe."""

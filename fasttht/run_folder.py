@@ -1,0 +1,131 @@
+"""A run's folder: what it was asked, what it ran on, and its rows of metrics.
+
+metrics.jsonl holds only what the run computes, so that a resumed run's file equals an uninterrupted one's byte for
+byte: wall-clock figures go to timing.jsonl. On resume both are cut back to what the checkpoint had seen.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fasttht
+from fasttht.config import TrainConfig
+from fasttht.config_file import from_flat, identity, read_config_file, to_toml
+from fasttht.errors import CheckpointError
+
+METRICS, TIMING, CONFIG = "metrics.jsonl", "timing.jsonl", "config.toml"
+
+
+class RunFolder:
+    """The files of one run beside its checkpoints."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return (self.path / CONFIG).exists()
+
+    def config(self) -> TrainConfig:
+        """Return the run's resolved configuration.
+
+        Raises: CheckpointError if the folder holds no run.
+        """
+        if not self.exists():
+            raise CheckpointError(f"{self.path}: expected a run folder with {CONFIG}, got none")
+        return from_flat(read_config_file(self.path / CONFIG), where=str(self.path / CONFIG))
+
+    def check_same(self, config: TrainConfig) -> None:
+        """Refuse to continue a run with other options.
+
+        Raises: CheckpointError naming the options that differ, with both values.
+        """
+        theirs, ours = identity(self.config()), identity(config)
+        differ = [f"{key} {theirs[key]} (now {ours[key]})" for key in ours if theirs.get(key) != ours[key]]
+        if differ:
+            raise CheckpointError(
+                f"{self.path}: expected the options of the run that is there, got others: {', '.join(differ)}; "
+                "give another --output, or the run's own options"
+            )
+
+    def create(self, config: TrainConfig, device: torch.device) -> None:
+        """Write config.toml and env.json; the folder is made if needed."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / CONFIG).write_text(to_toml(config))
+        (self.path / "env.json").write_text(json.dumps(environment(device), indent=1) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of metrics.jsonl."""
+        try:
+            return [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
+        except FileNotFoundError:
+            return []
+
+    def final(self) -> dict[str, Any] | None:
+        """Return the final evaluation's row if the run is finished, else None."""
+        rows = self.rows()
+        return rows[-1] if rows and rows[-1]["kind"] == "final" else None
+
+    def append(self, file: str, row: dict[str, Any]) -> None:
+        """Append one JSON line."""
+        with (self.path / file).open("a") as out:
+            out.write(json.dumps(row) + "\n")
+
+    def positions(self) -> dict[str, int]:
+        """Return the sizes of the row files in bytes, for the checkpoint; what they cover is synced to disk."""
+        sizes = {}
+        for file in (METRICS, TIMING):
+            with (self.path / file).open("ab") as out:
+                os.fsync(out.fileno())
+                sizes[file] = out.tell()
+        return sizes
+
+    def rewind(self, positions: dict[str, int]) -> None:
+        """Cut the row files back to what a checkpoint had seen."""
+        for file, size in positions.items():
+            path = self.path / file
+            if not path.exists() or path.stat().st_size < size:
+                raise CheckpointError(f"{path}: expected at least {size} bytes, as the checkpoint had seen; restore it")
+            os.truncate(path, size)
+
+    def clear_rows(self) -> None:
+        """Empty the row files: a run that died before its first checkpoint starts again."""
+        for file in (METRICS, TIMING):
+            (self.path / file).write_text("")
+
+    def write_summary(self) -> None:
+        """Write summary.csv: one line per evaluation."""
+        rows = [row for row in self.rows() if row["kind"] in ("eval", "final")]
+        with (self.path / "summary.csv").open("w", newline="") as out:
+            table = csv.DictWriter(out, fieldnames=list(rows[0]), restval="", extrasaction="ignore")
+            table.writeheader()
+            table.writerows(rows)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what the run ran on: versions and hardware, no names, no variables."""
+    found: dict[str, Any] = {
+        "fasttht": fasttht.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        found |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "compute_capability": torch.cuda.get_device_capability(device),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        }
+    return found

@@ -1,0 +1,41 @@
+"""The learning rate as a function of the number of optimizer updates taken."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Schedule:
+    """Linear warm-up, then a drop by `rate` at each milestone.
+
+    Counted in updates, not in steps: an update that the loss scaler skipped does not advance it. The count lives
+    on the device, so the rate is a device computation and costs no sync.
+    """
+
+    def __init__(
+        self,
+        lr: float,
+        *,
+        warmup_updates: int = 0,
+        warmup_lr: float = 0.0,
+        milestones: list[int],
+        rate: float = 0.1,
+    ) -> None:
+        self.lr = lr
+        self.warmup_updates = warmup_updates
+        self.warmup_lr = warmup_lr
+        self.milestones = milestones
+        self.rate = rate
+
+    def at(self, updates: Tensor) -> Tensor:
+        """Return the () float64 learning rate of the next update, given the () count of those taken."""
+        done = updates.to(torch.float64)
+        lr = torch.full_like(done, self.lr)
+        if self.warmup_updates:
+            share = ((done + 1) / self.warmup_updates).clamp(max=1)
+            lr = self.warmup_lr + (self.lr - self.warmup_lr) * share
+        drops = torch.zeros_like(done)
+        for milestone in self.milestones:
+            drops = drops + (updates >= milestone)
+        return lr * self.rate**drops

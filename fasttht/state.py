@@ -1,0 +1,196 @@
+"""Everything the next step depends on. What is not here is not in a checkpoint, and not in the result."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from fasttht.attacks.free import FreeDelta
+from fasttht.bank import FeatureBank
+from fasttht.config import TrainConfig
+from fasttht.models.clean_encoder import CleanEncoder, lerp_
+from fasttht.models.two_head import CosineClassifier, TwoHead, decay_groups
+from fasttht.schedule import Schedule
+
+
+class GuardedSGD(torch.optim.SGD):
+    """Fused SGD that remembers, on the device, whether the loss scaler made it skip its last step.
+
+    The fused kernel reads `found_inf` itself, so a skipped step costs no host sync. Momentum buffers exist from the
+    start, with their parameter's strides: a contiguous buffer beside a channels-last parameter would make the fused
+    kernel pair up the wrong elements, silently.
+    """
+
+    found_inf: Tensor  # set by torch.amp.GradScaler around step()
+
+    def __init__(self, groups: list[dict[str, object]], *, momentum: float, nesterov: bool, lr: Tensor) -> None:
+        super().__init__(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
+        self.last_found_inf = torch.zeros((), device=lr.device)
+        if momentum:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step unless `found_inf` is 1. Called by GradScaler.step only."""
+        self.last_found_inf.copy_(self.found_inf.reshape(()))
+        super().step()
+
+
+class Meter:
+    """Sums of metrics since the last log row, kept on the device and read once per row."""
+
+    NAMES = (
+        "loss", "loss_cls", "loss_cl", "adv_correct", "images", "zero_grad", "nan_grad", "grad_norm", "skipped",
+        "steps",
+    )  # fmt: skip
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+
+    def add(self, **values: Tensor | float) -> None:
+        """Add to the named sums, in place."""
+        row = [
+            value.to(torch.float64) if isinstance(value, Tensor) else self.sums.new_full((), value)
+            for value in (values.get(name, 0.0) for name in self.NAMES)
+        ]
+        self.sums += torch.stack(row)
+
+    def read(self) -> dict[str, float]:
+        """Return the sums and clear them. This waits for the device."""
+        values = dict(zip(self.NAMES, self.sums.tolist(), strict=True))
+        self.sums.zero_()
+        return values
+
+
+class TrainState:
+    """A run between two steps."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: TwoHead,
+        clean_encoder: CleanEncoder | None,
+        schedule: Schedule,
+        *,
+        img_size: int,
+        amp_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        parameter = next(model.parameters())
+        device, dtype = parameter.device, parameter.dtype
+        self.device, self.dtype, self.amp_dtype = device, dtype, amp_dtype
+        method, optim = config.method, config.optim
+        assert optim.batch_size is not None, "the config was not resolved"
+        # networks
+        self.model = model
+        self.clean_encoder = clean_encoder
+        self.ema = copy.deepcopy(model).requires_grad_(False) if optim.model_ema else None
+        # the update
+        self.lr = torch.zeros((), device=device)
+        self.optimizer = GuardedSGD(
+            decay_groups(model, optim.weight_decay),
+            momentum=optim.momentum,
+            nesterov=optim.nesterov,
+            lr=self.lr,
+        )
+        # The scale starts at 1 where it is not needed for range: the scaler is then only the guard that keeps a
+        # non-finite gradient from the weights.
+        self.scaler = torch.amp.GradScaler(
+            device.type,
+            init_scale=2.0**16 if amp_dtype == torch.float16 else 1.0,
+            growth_interval=2000 if amp_dtype == torch.float16 else 2**31 - 1,
+        )
+        self.scaler.scale(torch.zeros((), device=device))  # creates its tensors, so that they can be saved and loaded
+        self.schedule = schedule
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)
+        # the method
+        self.bank: FeatureBank | None = None
+        if clean_encoder is not None and method.bank_size and method.negatives != "batch":
+            self.bank = FeatureBank(method.bank_size, config.model.feat_dim, device=device, dtype=dtype)
+        self.delta: FreeDelta | None = None
+        if config.attack.replay > 1:
+            self.delta = FreeDelta((optim.batch_size, 3, img_size, img_size), device=device, dtype=dtype)
+        # progress
+        self.step = 0
+        self.meter = Meter(device)
+
+    def autocast(self) -> torch.autocast:
+        """Return a fresh autocast context; a fresh one, because its weight cache must not outlive a backward."""
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32)
+
+    def attack_logits(self, x: Tensor) -> Tensor:
+        """Return f's logits as an attack sees them: under the run's autocast, in the mode f is in."""
+        with self.autocast():
+            return self.model.logits(x)
+
+    def clean_features(self, x: Tensor) -> Tensor | None:
+        """Return g(x), (B, D) of unit norm without gradient, or None if there is no clean encoder."""
+        if self.clean_encoder is None:
+            return None
+        with self.autocast():
+            feat_clean: Tensor = self.clean_encoder(x)
+        return feat_clean
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return every tensor a checkpoint holds, by file and name; they are the live ones, not copies."""
+        training: dict[str, Tensor] = {"updates": self.updates, "meter": self.meter.sums}
+        for name, parameter in self.model.named_parameters():
+            if "momentum_buffer" in self.optimizer.state[parameter]:
+                training[f"momentum.{name}"] = self.optimizer.state[parameter]["momentum_buffer"]
+        scale, growth = (
+            self.scaler._scale,
+            self.scaler._growth_tracker,
+        )  # state_dict() would sync and lose the tensors
+        assert scale is not None, "the scaler's tensors were created above"
+        assert growth is not None, "the scaler's tensors were created above"
+        training |= {"scaler.scale": scale, "scaler.growth_tracker": growth}
+        if self.bank is not None:
+            training |= {f"bank.{name}": tensor for name, tensor in self.bank.state().items()}
+        if self.delta is not None:
+            training["delta"] = self.delta.value
+        files = {"model": dict(self.model.state_dict()), "training": training}
+        if self.ema is not None:
+            files["ema"] = dict(self.ema.state_dict())
+        if self.clean_encoder is not None and not self.clean_encoder.frozen:
+            files["clean_encoder"] = dict(self.clean_encoder.state_dict())
+        return files
+
+    @torch.no_grad()
+    def update_(self, config: TrainConfig) -> Tensor:
+        """Apply the accumulated gradients and everything that follows an update, without a host sync.
+
+        Mutates weights, momentum, scaler, EMA, momentum g and the update count; clears the gradients. If a gradient
+        is not finite all of them but the scaler stay as they were. Returns () float, 1 if the update was skipped.
+        """
+        self.lr.copy_(self.schedule.at(self.updates))
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        skipped = self.optimizer.last_found_inf
+        taken = 1 - skipped.double()  # the rates below in float64: 1 - m loses digits in float32
+        self.updates += taken.to(torch.int64)
+        if isinstance(self.model.classifier, CosineClassifier):
+            self.model.classifier.clamp_scale_()
+        if self.clean_encoder is not None and not self.clean_encoder.frozen:
+            rate = (1 - config.method.encoder_momentum) * taken
+            self.clean_encoder.follow_(self.model, rate)
+        if self.ema is not None:
+            _follow_all_(self.ema, self.model, (1 - config.optim.model_ema_decay) * taken)
+        self.meter.add(grad_norm=torch.where(skipped > 0, 0.0, norm), skipped=skipped, steps=1)
+        return skipped
+
+
+def _follow_all_(ema: TwoHead, model: TwoHead, rate: Tensor) -> None:
+    """Average parameters and float buffers; copy counters, which have no mean."""
+    own, source = ema.state_dict(), model.state_dict()
+    names = [name for name, tensor in own.items() if tensor.is_floating_point()]
+    lerp_([own[n] for n in names], [source[n] for n in names], rate)
+    for name, tensor in own.items():
+        if not tensor.is_floating_point():
+            tensor.copy_(source[name])

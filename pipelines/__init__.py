@@ -1,0 +1,8 @@
+"""From bytes on disk to batches on a device. Knows nothing of training."""
+
+if __name__ != "fasttht.pipelines":
+    raise ImportError(f"import this package as 'fasttht.pipelines', not {__name__!r}; run 'pip install -e .' once")
+
+
+class DataError(Exception):
+    """The data on disk is missing, damaged or not what was asked for. The command line exits with 3."""

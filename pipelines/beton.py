@@ -1,0 +1,276 @@
+"""The .beton v2 format with numpy alone: stock FFCV reads what is written here, and the other way round.
+
+A file is a header, field descriptors, one metadata row per sample, then pages with the images' bytes, then
+the allocation table up to the end of the file. Pages start at multiples of `page_size` and no sample crosses
+one; an image's address is in its metadata row, but its length only in the allocation table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fasttht.pipelines import DataError
+from fasttht.pipelines.datasets import Sample
+from fasttht.pipelines.manifest import read_manifest, replacing
+from fasttht.pipelines.plan import Index
+
+DEFAULT_PAGE_SIZE = 8 << 20
+MIN_PAGE_SIZE = 2 << 20
+MAX_PAGE_SIZE = 2 << 30  # the largest power of two in the header's 32 bits
+MAX_SIDE = 2**16 - 1
+
+_VERSION = 2
+_INT, _IMAGE = 1, 2
+_MODES: tuple[Literal["jpg"], Literal["raw"]] = ("jpg", "raw")
+_Rows = npt.NDArray[np.void]
+
+_HEADER = np.dtype(
+    {
+        "names": ["version", "num_fields", "page_size", "num_samples", "alloc_table_ptr"],
+        "formats": ["<u2", "<u2", "<u4", "<u8", "<u8"],
+    },
+    align=True,
+)
+_DESCRIPTOR = np.dtype([("type_id", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)])
+_ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+_IMAGE_ROW = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+_BYTES_ROW = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+# Metadata of the field types FFCV has: float, int, image, bytes, array, JSON, tensor. 255 is a user's own.
+_ROW_TYPES: dict[int, Any] = {
+    0: "<f8",
+    _INT: "<i8",
+    _IMAGE: _IMAGE_ROW,
+    3: _BYTES_ROW,
+    4: "<u8",
+    5: _BYTES_ROW,
+    6: "<u8",
+}
+
+
+class BetonFile:
+    """A .beton as a labelled image set: its first image field and its first integer field.
+
+    The file is mapped, not read; opening costs the index (labels and byte sizes, 16 bytes a sample). Every
+    number in the header and the index is checked against the file before anything is sized by it, so a
+    damaged file is refused here, not met as garbage later. The images' own bytes are not looked at.
+
+    class_names come from the manifest beside the file and are empty without one. The fingerprint covers
+    header, metadata and allocation table. Can be pickled: the copy opens the file again.
+
+    Raises: DataError.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._bytes = self._map()
+        header, fields = self._read_header()
+        self.page_size = int(header["page_size"])
+        self._images, labels, table = self._read_index(header, fields)
+        self._check_images()
+        self._num_bytes = self._find_sizes(table)
+        if labels.min() < 0:
+            raise self._refusal("labels of 0 or more", f"{labels.min()} in row {labels.argmin()}")
+        self.labels = labels
+        labels.setflags(write=False)
+        manifest = read_manifest(self.path, fingerprint=self.fingerprint)
+        self.class_names = manifest.class_names if manifest else ()
+        if self.class_names and labels.max() >= len(self.class_names):
+            raise self._refusal(f"labels below {len(self.class_names)} (its manifest's classes)", str(labels.max()))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __reduce__(self) -> tuple[type[BetonFile], tuple[Path]]:
+        return BetonFile, (self.path,)
+
+    def sizes(self, index: Index) -> tuple[Index, Index]:
+        rows = self._images[index]
+        return rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+
+    def sample(self, i: int) -> Sample:
+        """Return a view of row i's bytes in the mapped file; it stays valid as long as it is referenced."""
+        mode, width, height, ptr = self._images[i].item()
+        return Sample(_MODES[mode], self._bytes[ptr : ptr + int(self._num_bytes[i])], height, width)
+
+    def where(self, i: int) -> str:
+        try:
+            origin = self.origin(i)
+        except DataError:  # these words are part of another error, which matters more than a damaged side file
+            origin = ""
+        return f"{self.path}, row {i}" + (f" ({origin})" if origin else "")
+
+    def origin(self, i: int) -> str:
+        # Read anew: a million paths are wanted for an error message, not in the memory of every worker.
+        manifest = read_manifest(self.path, fingerprint=self.fingerprint)
+        return manifest.sources[i] if manifest and manifest.sources else ""
+
+    def _map(self) -> npt.NDArray[np.uint8]:
+        try:
+            with open(self.path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < _HEADER.itemsize:
+                    raise self._refusal(f"a header of {_HEADER.itemsize} bytes", f"{size} bytes in all")
+                return np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), dtype=np.uint8)
+        except OSError as error:
+            raise self._refusal("a readable file", str(error.strerror)) from None
+
+    def _read_header(self) -> tuple[np.void, _Rows]:
+        """Check the fixed part: every number that decides where something lies or how large it is."""
+        header = self._bytes[: _HEADER.itemsize].view(_HEADER)[0]
+        file_size, num_fields = len(self._bytes), int(header["num_fields"])
+        page_size, table_ptr = int(header["page_size"]), int(header["alloc_table_ptr"])
+        if header["version"] != _VERSION:
+            raise self._refusal(f"format version {_VERSION}", str(header["version"]))
+        if not (MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE and page_size.bit_count() == 1):
+            raise self._refusal(f"a power of two from {MIN_PAGE_SIZE} as page size", str(page_size))
+        fields_end = _HEADER.itemsize + num_fields * _DESCRIPTOR.itemsize
+        if num_fields < 2 or fields_end > file_size:
+            raise self._refusal("at least an image and a label field", f"{num_fields} in {file_size} bytes")
+        if table_ptr == 0:
+            raise self._refusal("an allocation table", "none (its writer was stopped before the end)")
+        if not fields_end <= table_ptr <= file_size or (file_size - table_ptr) % _ALLOCATION.itemsize:
+            raise self._refusal("an allocation table up to the end of the file", f"{table_ptr} of {file_size} bytes")
+        return header, self._bytes[_HEADER.itemsize : fields_end].view(_DESCRIPTOR)
+
+    def _read_index(self, header: np.void, fields: _Rows) -> tuple[_Rows, Index, _Rows]:
+        """Return the image rows (views of the file), a copy of the labels, and the allocation table."""
+        types = [int(type_id) for type_id in fields["type_id"]]
+        unknown = [type_id for type_id in types if type_id not in _ROW_TYPES]
+        if unknown:
+            raise self._refusal("FFCV's own field types (0 to 6)", f"type {unknown[0]}")
+        if _IMAGE not in types or _INT not in types:
+            raise self._refusal("an image field (type 2) and an integer field (type 1)", f"types {types}")
+        row_type = np.dtype([(f"f{i}", _ROW_TYPES[type_id]) for i, type_id in enumerate(types)], align=True)
+        begin, table_ptr = _HEADER.itemsize + fields.nbytes, int(header["alloc_table_ptr"])
+        num_samples = int(header["num_samples"])
+        end = begin + num_samples * row_type.itemsize
+        if num_samples < 1 or end > table_ptr:
+            raise self._refusal("at least one sample, with metadata inside the file", f"{num_samples} samples")
+        table = self._bytes[table_ptr:].view(_ALLOCATION)
+        ptrs, sizes = table["ptr"], table["size"]
+        # Written so that nothing overflows: the table may hold any 64-bit number.
+        inside = (ptrs >= end) & (ptrs <= table_ptr) & (sizes <= table_ptr - np.minimum(ptrs, table_ptr))
+        if not inside.all():
+            row = int(np.argmin(inside))
+            raise self._refusal("every allocation between metadata and table", f"{sizes[row]} bytes at {ptrs[row]}")
+        digest = hashlib.sha256(self._bytes[:end].data)
+        digest.update(self._bytes[table_ptr:].data)
+        self.fingerprint = digest.hexdigest()[:16]
+        rows = self._bytes[begin:end].view(row_type)
+        labels = rows[f"f{types.index(_INT)}"].astype(np.int64)
+        return rows[f"f{types.index(_IMAGE)}"], labels, table
+
+    def _check_images(self) -> None:
+        modes, heights, widths = (self._images[name] for name in ("mode", "height", "width"))
+        good = (modes < len(_MODES)) & (heights > 0) & (widths > 0)
+        if not good.all():
+            row = int(np.argmin(good))
+            got = f"mode {modes[row]}, {heights[row]}x{widths[row]} in row {row}"
+            raise self._refusal("images of mode 0 (jpg) or 1 (raw), 1x1 or larger", got)
+
+    def _find_sizes(self, table: _Rows) -> Index:
+        """Look every image's address up in the allocation table; return its length in bytes."""
+        table = table[table["size"] > 0]  # an empty allocation shares its address with the next one
+        order = np.argsort(table["ptr"], kind="stable")
+        ptrs, wanted = table["ptr"][order], self._images["data_ptr"]
+        slots = np.searchsorted(ptrs, wanted)
+        known = slots < len(ptrs)
+        known[known] = ptrs[slots[known]] == wanted[known]
+        if not known.all():
+            row = int(np.argmin(known))
+            raise self._refusal("every image in the allocation table", f"row {row} at {wanted[row]}, not in it")
+        sizes: Index = table["size"][order][slots].astype(np.int64)
+        pixels = 3 * self._images["height"].astype(np.int64) * self._images["width"]
+        good = (self._images["mode"] != _MODES.index("raw")) | (sizes == pixels)
+        if not good.all():
+            row = int(np.argmin(good))
+            raise self._refusal(f"{pixels[row]} bytes for the raw image in row {row}", str(sizes[row]))
+        return sizes
+
+    def _refusal(self, expected: str, got: str) -> DataError:
+        return DataError(f"{self.path}: expected {expected}, got {got}; is this a .beton file?")
+
+
+def write_beton(
+    path: Path | str,
+    rows: Iterable[tuple[Sample, int]],
+    num_samples: int,
+    *,
+    page_size: int = DEFAULT_PAGE_SIZE,
+) -> str:
+    """Write (sample, label) rows, modes jpg and raw, as fields `image` and `label`; return the fingerprint.
+
+    Streams: memory holds one sample and 48 bytes of index for each. `page_size` grows to the next power of
+    two when a sample needs it; what was laid down before stays valid, since the larger pages contain the
+    smaller ones whole. The bytes depend on the rows and the page size only. `path` appears when all is on
+    disk, or not at all.
+
+    Raises: ValueError for the arguments; DataError for an image the format cannot hold; what `rows` raises.
+    """
+    if not (MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE and page_size.bit_count() == 1):
+        raise ValueError(f"page_size: expected a power of two from 2 MiB to 2 GiB, got {page_size}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
+    metadata = np.zeros(num_samples, np.dtype([("image", _IMAGE_ROW), ("label", "<i8")], align=True))
+    table = np.zeros(num_samples, _ALLOCATION)
+    fields = _describe_fields()
+    end = _round_up(_HEADER.itemsize + fields.nbytes + metadata.nbytes, page_size)
+    num_rows = 0
+    with replacing(Path(path)) as file:
+        for sample, label in rows:
+            if num_rows == num_samples:
+                raise ValueError(f"{path}: expected {num_samples} rows, got more")
+            _check_row(path, num_rows, sample, label)
+            size = sample.data.size
+            page_size = max(page_size, 1 << (size - 1).bit_length())
+            if end // page_size != (end + size - 1) // page_size:
+                end = _round_up(end, page_size)
+            file.seek(end)  # what is skipped reads as zeros
+            file.write(np.ascontiguousarray(sample.data).data)
+            metadata[num_rows] = (_MODES.index(sample.mode), sample.width, sample.height, end), label
+            table[num_rows] = num_rows, end, size
+            end += size
+            num_rows += 1
+        if num_rows != num_samples:
+            raise ValueError(f"{path}: expected {num_samples} rows, got {num_rows}")
+        end = _round_up(end, page_size)
+        header = np.array((_VERSION, len(fields), page_size, num_samples, end), dtype=_HEADER)
+        file.seek(end)
+        file.write(table.tobytes())
+        file.seek(0)
+        head = header.tobytes() + fields.tobytes() + metadata.tobytes()
+        file.write(head)
+    return hashlib.sha256(head + table.tobytes()).hexdigest()[:16]
+
+
+def _describe_fields() -> _Rows:
+    fields = np.zeros(2, _DESCRIPTOR)
+    for field, type_id, name in zip(fields, (_IMAGE, _INT), (b"image", b"label"), strict=True):
+        field["type_id"] = type_id
+        field["name"][: len(name)] = np.frombuffer(name, dtype=np.uint8)
+    return fields
+
+
+def _check_row(path: Path | str, row: int, sample: Sample, label: int) -> None:
+    if sample.mode not in _MODES or label < 0:
+        raise ValueError(f"{path}: expected mode jpg or raw and a label, got {sample.mode} and {label} in row {row}")
+    size, height, width = sample.data.size, sample.height, sample.width
+    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE and 0 < size <= MAX_PAGE_SIZE):
+        raise DataError(
+            f"{path}: expected images of 1 to {MAX_SIDE} pixels a side and at most 2 GiB, got "
+            f"{height}x{width} and {size} bytes in row {row}; write with a maximum resolution"
+        )
+    if sample.mode == "raw" and size != 3 * height * width:
+        raise ValueError(f"{path}: expected {height}x{width}x3 raw bytes, got {size} in row {row}")
+
+
+def _round_up(position: int, page_size: int) -> int:
+    return -(-position // page_size) * page_size
