@@ -31,7 +31,7 @@ Config = Annotated[TrainConfig, Parameter(name="*")]
 Preset = Annotated[
     str | None,
     Parameter(
-        help="Named recipe to start from; `fasttht config --preset list` names them. "
+        help=f"Named recipe to start from: {', '.join(config_file.preset_names())}. "
         "Default: quickstart on the embedded digits, none with --data."
     ),
 ]
@@ -46,6 +46,8 @@ def train(*, preset: Preset = None, config_path: ConfigFile = None, config: Conf
     Without --data it trains on 1,437 embedded handwritten digits: `fasttht train --replay 4`.
     """
     chosen = resolve(config or TrainConfig())
+    if chosen.data.data is None and preset not in (None, config_file.QUICKSTART):
+        raise UsageError(f"--preset {preset}: expected --data beside it, got none; the embedded digits take quickstart")
     from fasttht import log
     from fasttht.run_folder import RunFolder
     from fasttht.train import Trainer, default_output

@@ -257,6 +257,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
             optim.decay_milestones = (third, 2 * third)
         else:
             optim.decay_milestones = tuple(round(optim.epochs * share) for share in (0.35, 0.6, 0.9))
+    if data.data is not None:  # a run folder must be readable from any working directory
+        data.data = data.data.absolute()
+    if method.clean_encoder not in (None, "momentum"):
+        method.clean_encoder = str(Path(method.clean_encoder).absolute())
     if optim.batch_size % optim.grad_accum_steps:
         raise UsageError(
             f"--grad-accum-steps: expected a divisor of the batch size {optim.batch_size}, got {optim.grad_accum_steps}"

@@ -46,10 +46,14 @@ class RunFolder:
     def check_same(self, config: TrainConfig) -> None:
         """Refuse to continue a run with other options.
 
+        The data may have moved: that they are the same data is for their fingerprint to say, not their path.
+
         Raises: CheckpointError naming the options that differ, with both values.
         """
         theirs, ours = identity(self.config()), identity(config)
-        differ = [f"{key} {theirs[key]} (now {ours[key]})" for key in ours if theirs.get(key) != ours[key]]
+        differ = [
+            f"{key} {theirs[key]} (now {ours[key]})" for key in ours if key != "data" and theirs[key] != ours[key]
+        ]
         if differ:
             raise CheckpointError(
                 f"{self.path}: expected the options of the run that is there, got others: {', '.join(differ)}; "
@@ -57,8 +61,10 @@ class RunFolder:
             )
 
     def create(self, config: TrainConfig, device: torch.device) -> None:
-        """Write config.toml and env.json; the folder is made if needed."""
+        """Write config.toml and env.json and empty the row files: a run without a checkpoint starts again."""
         self.path.mkdir(parents=True, exist_ok=True)
+        for file in (METRICS, TIMING):
+            (self.path / file).write_text("")
         (self.path / CONFIG).write_text(to_toml(config))
         (self.path / "env.json").write_text(json.dumps(environment(device), indent=1) + "\n")
 
@@ -95,11 +101,6 @@ class RunFolder:
             if not path.exists() or path.stat().st_size < size:
                 raise CheckpointError(f"{path}: expected at least {size} bytes, as the checkpoint had seen; restore it")
             os.truncate(path, size)
-
-    def clear_rows(self) -> None:
-        """Empty the row files: a run that died before its first checkpoint starts again."""
-        for file in (METRICS, TIMING):
-            (self.path / file).write_text("")
 
     def write_summary(self) -> None:
         """Write summary.csv: one line per evaluation."""

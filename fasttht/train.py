@@ -72,13 +72,14 @@ class Trainer:
 
         Raises: NonFiniteError; the last checkpoint is kept.
         """
-        if not self.resumed:
-            self.folder.create(self.config, self.device)
-            self.folder.clear_rows()
+        begun = self.resumed
         with log.Screen("train", self.total_steps, "steps", done=self.state.step) as screen:
             clock = _Clock(self)
             while self.loader.epoch < self.num_passes:
                 for batch in self.loader:
+                    if not begun:  # only now: data that cannot be read leave no run folder behind
+                        self.folder.create(self.config, self.device)
+                        begun = True
                     self._step(batch)
                     screen.advance(self.state.step)
                     at_end = self.loader.step == self.steps_per_pass

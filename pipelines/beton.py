@@ -155,6 +155,7 @@ class BetonFile:
         if num_samples < 1 or end > table_ptr:
             raise self._refusal("at least one sample, with metadata inside the file", f"{num_samples} samples")
         table = self._bytes[table_ptr:].view(_ALLOCATION)
+        table = table[table["size"] > 0]  # FFCV notes empty values too, at any address, another's included
         ptrs, sizes = table["ptr"], table["size"]
         # Written so that nothing overflows: the table may hold any 64-bit number.
         inside = (ptrs >= end) & (ptrs <= table_ptr) & (sizes <= table_ptr - np.minimum(ptrs, table_ptr))
@@ -178,7 +179,6 @@ class BetonFile:
 
     def _find_sizes(self, table: _Rows) -> Index:
         """Look every image's address up in the allocation table; return its length in bytes."""
-        table = table[table["size"] > 0]  # an empty allocation shares its address with the next one
         order = np.argsort(table["ptr"], kind="stable")
         ptrs, wanted = table["ptr"][order], self._images["data_ptr"]
         slots = np.searchsorted(ptrs, wanted)

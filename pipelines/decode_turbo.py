@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fasttht.pipelines import DataError
 
@@ -31,17 +33,10 @@ def image_size(data: Pixels) -> tuple[int, int]:
 
     Raises: DataError if the header of neither a JPEG nor any format Pillow knows can be read.
     """
-    if data[:2].tobytes() == b"\xff\xd8":
-        try:
-            height, width = simplejpeg.decode_jpeg_header(data)[:2]
-        except ValueError as error:
-            raise DataError(f"expected a readable JPEG header, got {error}") from None
-        return int(height), int(width)
-    try:
-        with Image.open(io.BytesIO(data.tobytes())) as image:
-            return image.height, image.width
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"expected an image, got {error}") from None
+    if _is_jpeg(data) and (header := _jpeg_header(data)) is not None:
+        return header[0], header[1]
+    with _pillow(data) as image:
+        return image.height, image.width
 
 
 def decode_rgb(sample: Sample) -> Pixels:
@@ -58,18 +53,43 @@ def decode_rgb(sample: Sample) -> Pixels:
         if data.size != expected:
             raise DataError(f"expected {expected} raw bytes ({sample.height}x{sample.width}x3), got {data.size}")
         return data.reshape(sample.height, sample.width, 3)
-    if data[:2].tobytes() == b"\xff\xd8":
-        try:
-            if simplejpeg.decode_jpeg_header(data)[2] not in ("CMYK", "YCCK"):
+    if _is_jpeg(data):
+        header = _jpeg_header(data)
+        # Four inks have no one conversion to RGB: Pillow's is taken, which torchvision's loader takes too.
+        if header is not None and header[2] not in ("CMYK", "YCCK"):
+            try:
                 return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)  # type: ignore[no-any-return]
-        except ValueError as error:
-            raise DataError(f"expected a whole JPEG, got {error}") from None
-    # Not a JPEG, or one with four inks, whose conversion to RGB Pillow defines.
+            except ValueError as error:
+                raise DataError(f"expected a whole JPEG, got {error}") from None
+    with _pillow(data) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _is_jpeg(data: Pixels) -> bool:
+    return data[:2].tobytes() == b"\xff\xd8"
+
+
+def _jpeg_header(data: Pixels) -> tuple[int, int, str] | None:
+    """Return (height, width, colour space), or None for a legal JPEG whose chroma layout simplejpeg cannot name."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError as error:
+        if "subsampling" in str(error):
+            return None
+        raise DataError(f"expected a readable JPEG header, got {error}") from None
+    return int(height), int(width), colorspace
+
+
+@contextmanager
+def _pillow(data: Pixels) -> Iterator[Image.Image]:
+    """Open an image with Pillow; whatever it cannot read, then or while it is used, becomes a DataError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about palette transparency and broken EXIF blocks
+            warnings.simplefilter("ignore")  # palette transparency and broken EXIF blocks
             with Image.open(io.BytesIO(data.tobytes())) as image:
-                return np.asarray(image.convert("RGB"))
+                yield image
+    except UnidentifiedImageError:
+        raise DataError("expected an image, got bytes of no known format") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"expected an image, got {error}") from None
 

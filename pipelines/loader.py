@@ -130,15 +130,21 @@ class Loader:
         flips = plan.flips(index)
         out = np.empty((len(index), self.img_size, self.img_size, 3), dtype=np.uint8)
         chunks = [slice(i, i + _CHUNK) for i in range(0, len(index), _CHUNK)]
-        tasks = [pool.submit(self._decode_chunk, index[c], windows[c], flips[c], out[c]) for c in chunks]
+        shapes = np.stack([heights, widths], axis=1)
+        tasks = [pool.submit(self._decode_chunk, index[c], shapes[c], windows[c], flips[c], out[c]) for c in chunks]
         for task in tasks:
             task.result()
         return out, index
 
-    def _decode_chunk(self, index: Index, windows: Windows, flips: np.ndarray[Any, Any], out: Pixels) -> None:
+    def _decode_chunk(
+        self, index: Index, shapes: Index, windows: Windows, flips: np.ndarray[Any, Any], out: Pixels
+    ) -> None:
         for i, row in enumerate(index):
             try:
                 pixels = decode_rgb(self.samples.sample(int(row)))
+                if pixels.shape[:2] != tuple(shapes[i]):  # the window was cut for the announced size
+                    announced, found = "x".join(map(str, shapes[i])), "x".join(map(str, pixels.shape[:2]))
+                    raise DataError(f"expected an image of {announced} pixels, as announced, got {found}")
             except DataError as error:
                 raise DataError(f"{self.samples.where(int(row))}: {error}; remove or repair it") from None
             top, left, height, width = (int(v) for v in windows[i])

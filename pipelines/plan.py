@@ -90,6 +90,10 @@ class EpochPlan:
     def __post_init__(self) -> None:
         if self.num_samples < 1 or self.batch_size < 1:
             raise ValueError(f"plan: expected samples and a batch, got {self.num_samples} and {self.batch_size}")
+        if self.drop_last and self.num_samples < self.batch_size:
+            raise ValueError(
+                f"plan: expected at least one full batch of {self.batch_size}, got {self.num_samples} samples"
+            )
         if not 0 <= self.rank < self.world:
             raise ValueError(f"plan: expected a rank in 0..{self.world - 1}, got {self.rank}")
 
@@ -149,8 +153,8 @@ def _random_resized_windows(keys: Words, heights: Index, widths: Index, augment:
     first = np.argmax(fits, axis=1)
     row = np.arange(len(keys))
     hit = fits[row, first]
-    out_h = np.where(hit, cut_h[row, first], np.minimum(fall_h, h[:, 0])).astype(np.int64)
-    out_w = np.where(hit, cut_w[row, first], np.minimum(fall_w, w[:, 0])).astype(np.int64)
+    out_h = np.where(hit, cut_h[row, first], np.clip(fall_h, 1, h[:, 0])).astype(np.int64)
+    out_w = np.where(hit, cut_w[row, first], np.clip(fall_w, 1, w[:, 0])).astype(np.int64)
     slack_h, slack_w = heights - out_h, widths - out_w
     top = np.where(hit, np.floor(draws[row, first, 2] * (slack_h + 1)), slack_h // 2).astype(np.int64)
     left = np.where(hit, np.floor(draws[row, first, 3] * (slack_w + 1)), slack_w // 2).astype(np.int64)

@@ -35,9 +35,7 @@ def open_splits(data: Path | None) -> Splits:
     Raises: DataError with what was expected there.
     """
     if data is None:
-        data = digits_cache()
-        if not (data / "train.beton").exists() or not (data / "val.beton").exists():
-            write_dataset("digits", None, data, force=True)
+        data = _cached_digits()
     if not data.exists():
         raise DataError(f"{data}: expected a folder with train.beton and val.beton, or an image tree, got nothing")
     betons = [data / f"{split}.beton" for split in ("train", "val")]
@@ -56,12 +54,22 @@ def open_splits(data: Path | None) -> Splits:
     return splits
 
 
-def digits_cache() -> Path:
-    """Return where the embedded digits are written: below XDG_CACHE_HOME, else ~/.cache, else a temporary folder."""
+def _cached_digits() -> Path:
+    """Return the folder with the digits' .beton files, writing them first if they are not there.
+
+    Below XDG_CACHE_HOME, else ~/.cache, else, where that cannot be written, a temporary folder of this user. Runs
+    that start at the same moment each write their own copy and move it in file by file: all copies are equal.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(home, "fasttht", "digits-v1")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return Path(tempfile.gettempdir(), f"fasttht-digits-v1-{os.getuid()}")
+        folder = Path(tempfile.gettempdir(), f"fasttht-{os.getuid()}", "digits-v1")
+        folder.mkdir(parents=True, exist_ok=True)
+    if not all((folder / f"{split}.beton").exists() for split in ("train", "val")):
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            write_dataset("digits", None, own)
+            for path in sorted(Path(own).iterdir()):
+                path.replace(folder / path.name)
     return folder

@@ -6,7 +6,9 @@ folder with `train.beton` and `val.beton`. The same data and settings give the s
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -32,7 +34,8 @@ Outcome = Literal["passthrough", "reencoded", "resized", "raw"]
 # Longest side kept when the caller does not choose. Larger ImageNet images would never be seen at full size.
 MAX_RESOLUTION: Mapping[Kind, int | None] = {"imagenet": 500, "folder": None, "digits": None}
 
-_STAGING = ".fasttht-partial"
+# Unfinished work, by machine and process: ranks that start together may write the same folder at once.
+_STAGING = f".fasttht-partial-{socket.gethostname()}-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,8 +183,8 @@ def write_dataset(
     MAX_RESOLUTION[kind]. `val_fraction` is used for a folder without a val split. `progress` is called with
     (split, images done, images in all).
 
-    Both files are made in a hidden folder inside `output` and moved once both are whole: after an error
-    neither is there, and older ones stay as they were.
+    Both files are made in a hidden folder inside `output` (one per process) and moved once both are whole:
+    after an error neither is there, and older ones stay as they were.
 
     Raises: DataError if the source cannot be used or the output exists (without `force`); ValueError.
     """
@@ -194,10 +197,10 @@ def write_dataset(
         _refuse_existing(output / f"{split}.beton", force)
     splits = _open_splits(kind, source, val_fraction, seed)
     existed = output.exists()
-    staging = output / _STAGING
+    staging = output / f"{_STAGING}{os.getpid()}"
     reports: dict[str, WriteReport] = {}
     try:
-        _make_empty(staging)
+        _make_staging(staging)
         for split, samples in splits.items():
             reports[split] = write_split(
                 samples,
@@ -236,13 +239,29 @@ def _bind(progress: Callable[[str, int, int], None], split: str) -> Callable[[in
     return lambda done, total: progress(split, done, total)
 
 
-def _make_empty(folder: Path) -> None:
-    """Make `folder`, without what a killed run may have left in it. Raises: DataError."""
-    shutil.rmtree(folder, ignore_errors=True)
+def _make_staging(staging: Path) -> None:
+    """Make the folder `staging`, and remove what killed processes of this machine have left beside it.
+
+    Raises: DataError.
+    """
+    for left in staging.parent.glob(f"{_STAGING}*"):
+        pid = left.name.removeprefix(_STAGING)
+        if left == staging or not (pid.isdecimal() and _is_running(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
     try:
-        folder.mkdir(parents=True)
+        staging.mkdir(parents=True)
     except OSError as error:
-        raise DataError(f"{folder.parent}: expected a folder to write to, got {error.strerror}") from None
+        raise DataError(f"{staging.parent}: expected a folder to write to, got {error.strerror}") from None
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
 
 
 def _refuse_existing(path: Path, force: bool) -> None:
@@ -255,7 +274,10 @@ def _is_plain_jpeg(data: Pixels) -> bool:
     """Tell whether every JPEG decoder, on CPU and GPU, makes the same colours of it: gray or YCbCr."""
     if data[:2].tobytes() != b"\xff\xd8":
         return False
-    return simplejpeg.decode_jpeg_header(data)[2] in ("Gray", "YCbCr")
+    try:
+        return simplejpeg.decode_jpeg_header(data)[2] in ("Gray", "YCbCr")
+    except ValueError:  # a chroma sampling that libjpeg-turbo has no name for: FFCV could not read it
+        return False
 
 
 def _shrink(pixels: Pixels, limit: int) -> Pixels:

@@ -1,0 +1,135 @@
+"""Evaluation: exact counts, draws keyed by image, a model left as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fasttht.attacks.threat import Threat
+from fasttht.build import build_loader, build_model
+from fasttht.config import TrainConfig, resolve
+from fasttht.config_file import from_flat, read_preset
+from fasttht.evaluate import Score, evaluate, record, step_size, threats
+from fasttht.pipelines.splits import Splits, open_splits
+
+ATTACKS = [
+    Threat(eps=0.15, alpha=0.1, steps=0),
+    Threat(eps=0.15, alpha=0.1, steps=3),
+    Threat(eps=0.15, alpha=0.1, steps=3, targeted=True),
+]
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield open_splits(None)
+
+
+def config_of(**options: Any) -> TrainConfig:
+    return resolve(from_flat({**read_preset("quickstart"), "width": 4, **options}, where="test"))
+
+
+def run(splits: Splits, batch_size: int, seed: int = 0) -> tuple[dict[str, Score], list[torch.Tensor]]:
+    """Evaluate an untrained model; returns the scores and every batch of images that it was shown."""
+    config = config_of(eval_batch_size=batch_size)
+    model = build_model(config, 10, torch.device("cpu"))
+    seen: list[torch.Tensor] = []
+    shown = model.logits
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.detach().clone())
+        return shown(x)
+
+    model.logits = logits  # type: ignore[method-assign]
+    loader = build_loader(config, splits, torch.device("cpu"), train=False)
+    return evaluate(model, loader, ATTACKS, seed=seed, num_classes=10), seen
+
+
+def test_every_held_out_image_counts_once_for_any_batch_size(splits: Splits) -> None:
+    for batch_size in (1000, 360, 77):
+        scores, _ = run(splits, batch_size)
+        assert list(scores) == ["clean", "pgd0", "pgd3", "pgd3_targeted"]
+        assert {score.images for score in scores.values()} == {360}
+
+
+def test_random_starts_are_bit_identical_for_any_batch_size(splits: Splits) -> None:
+    """Iterates after a gradient step may differ by rounding; the draws may not."""
+    whole, split = run(splits, 360)[1], run(splits, 77)[1]
+    passes_per_batch = len(whole)
+    parts = [split[i::passes_per_batch] for i in range(passes_per_batch)]
+    start = 1  # pass 0 is the clean images, pass 1 the start of the attack without steps
+    assert torch.equal(torch.cat(parts[start]), whole[start])
+    assert not torch.equal(whole[start], whole[0])
+    other_seed = run(splits, 360, seed=1)[1]
+    assert torch.equal(other_seed[0], whole[0])
+    assert not torch.equal(other_seed[start], whole[start])
+
+
+def test_scores_agree_over_batch_sizes_within_one_image(splits: Splits) -> None:
+    whole, split = run(splits, 360)[0], run(splits, 77)[0]
+    for name, score in whole.items():
+        assert abs(score.correct - split[name].correct) <= 1, name
+
+
+def test_counts_are_those_of_a_plain_loop(splits: Splits) -> None:
+    config = config_of()
+    model = build_model(config, 10, torch.device("cpu")).train()
+    loader = build_loader(config, splits, torch.device("cpu"), train=False)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    done: list[int] = []
+    scores = evaluate(model, loader, [], seed=0, num_classes=10, on_batch=done.append)
+    assert model.training
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    assert done == [360]
+    model.eval()
+    val = splits.val
+    pixels = torch.stack([torch.from_numpy(val.sample(i).data.copy()).view(8, 8, 3) for i in range(len(val))])
+    with torch.no_grad():
+        predicted = model.logits(pixels.permute(0, 3, 1, 2).float() / 255).argmax(dim=1)
+    assert scores["clean"].correct == int((predicted == torch.from_numpy(val.labels.copy())).sum())
+
+
+def test_rows_are_percent_with_the_number_of_images() -> None:
+    assert record({"clean": Score(3, 4), "pgd10": Score(1, 3)}) == {
+        "clean_top1": 75.0, "pgd10_top1": 33.3333, "images": 4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rule", "steps", "alpha"), [("ratio", 10, 0.25 * 0.15), ("paper", 10, 0.015), ("paper", 1000, 1 / 255)]
+)
+def test_step_size_follows_the_rule(rule: str, steps: int, alpha: float) -> None:
+    assert step_size(0.15, steps, rule) == pytest.approx(alpha)
+
+
+def test_a_targeted_run_is_scored_both_ways_and_an_untargeted_one_never_as_targeted() -> None:
+    names = [threat.name for threat in threats(config_of(targeted=True, eval_steps=[10, 50]))]
+    assert names == ["pgd10", "pgd50", "pgd10_targeted", "pgd50_targeted"]
+    assert [threat.name for threat in threats(config_of(eval_steps=[10]))] == ["pgd10"]
+    assert all(threat.clean_prob == 0 for threat in threats(config_of(start_clean_prob=0.5)))
+
+
+def test_evaluating_a_run_leaves_its_folder_as_it_was(tmp_path: Path, splits: Splits) -> None:
+    from fasttht.evaluate import evaluate_run
+    from fasttht.train import Trainer
+
+    options = {
+        "epochs": 1,
+        "batch_size": 700,
+        "steps": 1,
+        "objective": "at",
+        "eval_steps": [3],
+        "output": tmp_path / "r",
+    }
+    row = Trainer(config_of(**options)).fit()
+    assert row is not None
+    before = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
+    again = evaluate_run(tmp_path / "r", changes={}, goal="run", output=tmp_path / "row.json")
+    assert again["clean_top1"] == row["clean_top1"]
+    assert again["pgd3_top1"] == row["pgd3_top1"]
+    assert before == {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
+    assert (tmp_path / "row.json").read_text().count("\n") == 1

@@ -1,0 +1,217 @@
+"""The same command again continues where it stopped, bit-identical on CPU, from any step."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fasttht import checkpoint
+from fasttht.config import TrainConfig, resolve
+from fasttht.config_file import from_flat, read_preset
+from fasttht.errors import CheckpointError
+from fasttht.pipelines import DataError
+from fasttht.train import Trainer
+
+# Three steps a pass, two passes; rows of metrics fall between checkpoints, so their sums must be saved too.
+TINY: dict[str, Any] = {
+    "width": 4, "batch_size": 400, "epochs": 2, "log_interval": 2, "eval_steps": [2], "model_ema": True,
+    "model_ema_decay": 0.9, "bank_size": 700, "warmup_epochs": 1,
+}  # fmt: skip
+STEPS = 6
+MODES: dict[str, dict[str, Any]] = {
+    "standard": {"steps": 2, "targeted": True, "start_clean_prob": 0.5},
+    "free": {"replay": 2, "epochs": 4, "grad_accum_steps": 2},
+    "at": {"objective": "at", "steps": 1},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Write the digits once, not into the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def config_of(output: Path, **options: Any) -> TrainConfig:
+    return resolve(from_flat({**read_preset("quickstart"), **TINY, **options, "output": str(output)}, where="test"))
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Everything a run computes: the tensors of its last checkpoint and its rows.
+
+    state.json is left out: it names positions in timing.jsonl, which holds wall-clock figures.
+    """
+    newest = checkpoint.newest(run)
+    assert newest is not None
+    files = [*sorted(newest.glob("*.safetensors")), run / "metrics.jsonl", run / "summary.csv"]
+    return {path.name: path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_resume_at_every_step_equals_the_uninterrupted_run(mode: str, tmp_path: Path) -> None:
+    options = MODES[mode]
+    whole = tmp_path / "whole"
+    row = Trainer(config_of(whole, **options)).fit()
+    assert row is not None
+    expected = contents(whole)
+    expected_meta = checkpoint.read_meta(checkpoint.listing(whole)[-1])
+    for stop in range(1, STEPS + 1):
+        run = tmp_path / f"stop{stop}"
+        first = Trainer(config_of(run, **options))
+        assert first.fit(stop_at=stop) is None
+        second = Trainer(config_of(run, **options))
+        assert second.resumed
+        assert second.state.step == stop
+        assert second.fit() == row
+        found = contents(run)
+        assert found.keys() == expected.keys()
+        for name, content in expected.items():
+            assert found[name] == content, f"{name} differs after a stop at {stop}"
+        meta = checkpoint.read_meta(checkpoint.listing(run)[-1])
+        for key in ("step", "loader", "identity"):
+            assert meta[key] == expected_meta[key]
+        assert meta["rows"]["metrics.jsonl"] == expected_meta["rows"]["metrics.jsonl"]
+
+
+def test_momentum_and_ema_keep_their_parameters_strides_after_loading(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", **MODES["standard"])
+    Trainer(config).fit(stop_at=1)
+    state = Trainer(config).state
+    strided, moved = 0, False
+    assert state.ema is not None
+    for parameter, average in zip(state.model.parameters(), state.ema.parameters(), strict=True):
+        buffer = state.optimizer.state[parameter]["momentum_buffer"]
+        assert buffer.stride() == parameter.stride() == average.stride()
+        moved |= bool(buffer.any())
+        strided += not parameter.is_contiguous()
+    assert moved
+    assert strided > 0, "no channels-last parameter: the test would show nothing"
+
+
+def test_every_tensor_that_a_step_changes_is_in_the_checkpoint() -> None:
+    """A field added to the state and forgotten in `tensors` would make a resume differ silently."""
+    import numpy as np
+
+    from fasttht.attacks.pgd import Draw
+    from fasttht.build import build_state
+    from fasttht.pipelines.loader import Batch
+    from fasttht.pipelines.splits import open_splits
+    from fasttht.steps import free_step, standard_step
+
+    for mode in ("standard", "free"):
+        config = config_of(Path("unused"), **MODES[mode])
+        state = build_state(config, open_splits(None), torch.device("cpu"), 3)
+        rng = np.random.default_rng(0)
+        x = torch.from_numpy(rng.integers(0, 256, (400, 8, 8, 3), dtype=np.uint8)).permute(0, 3, 1, 2)
+        batch = Batch(x, torch.from_numpy(rng.integers(0, 10, 400)), torch.arange(400))
+        before = {id(t): (name, t.clone()) for name, t in reachable(state)}
+        if mode == "free":
+            free_step(state, config, batch)
+        else:
+            standard_step(state, config, batch, Draw(0), num_classes=10)
+        saved = {t.data_ptr() for group in state.tensors().values() for t in group.values()}
+        for name, tensor in reachable(state):
+            known = before.get(id(tensor))
+            changed = known is None or not torch.equal(known[1], tensor)
+            # lr follows from the update count, last_found_inf is written before it is read
+            if changed and not name.endswith((".lr", "last_found_inf")):
+                assert tensor.data_ptr() in saved, f"{mode}: {name} changes in a step but is not saved"
+
+
+def reachable(state: Any) -> list[tuple[str, torch.Tensor]]:
+    """Every tensor that hangs on the state, by walking attributes, dicts and modules."""
+    found: list[tuple[str, torch.Tensor]] = []
+    seen: set[int] = set()
+
+    def walk(name: str, value: Any) -> None:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            found.append((name, value.detach() if value.requires_grad else value))
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{name}[{key if isinstance(key, str | int) else '.'}]", item)
+        elif isinstance(value, list | tuple):
+            for i, item in enumerate(value):
+                walk(f"{name}[{i}]", item)
+        elif hasattr(value, "__dict__") and type(value).__module__.startswith(("fasttht", "torch")):
+            for key, item in vars(value).items():
+                walk(f"{name}.{key}", item)
+
+    walk("state", state)
+    return [(name, t) for name, t in found if "param_groups" not in name or not name.endswith("[lr]")]
+
+
+def test_a_run_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    Trainer(config_of(tmp_path / "run", **MODES["at"])).fit(stop_at=1)
+    with pytest.raises(CheckpointError, match=r"arch resnet18 \(now resnet34\)"):
+        Trainer(config_of(tmp_path / "run", **MODES["at"], arch="resnet34"))
+    with pytest.raises(CheckpointError, match="--resume never"):
+        Trainer(config_of(tmp_path / "run", **MODES["at"], resume="never"))
+
+
+def test_other_data_under_the_same_path_are_refused(tmp_path: Path) -> None:
+    from fasttht.pipelines.writer import write_dataset
+
+    write_dataset("digits", None, tmp_path / "data", seed=0)
+    config = config_of(tmp_path / "run", **MODES["at"], data=str(tmp_path / "data"))
+    Trainer(config).fit(stop_at=1)
+    write_dataset("digits", None, tmp_path / "data", seed=1, force=True)
+    with pytest.raises(DataError, match="fingerprint"):
+        Trainer(config)
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", **MODES["at"], checkpoint_interval=1)
+    row = Trainer(config).fit()
+    whole = contents(tmp_path / "run")
+    newest = checkpoint.listing(tmp_path / "run")[-1]
+    damaged = newest / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x00")
+    (tmp_path / "run" / "metrics.jsonl").write_text(
+        "".join(line + "\n" for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[:-1])
+    )
+    second = Trainer(config)
+    assert second.state.step == STEPS - 1
+    assert second.fit() == row
+    assert contents(tmp_path / "run")["metrics.jsonl"] == whole["metrics.jsonl"]
+
+
+def test_killed_process_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    """A real SIGKILL of the plain command line, as soon as a checkpoint exists."""
+    words = [
+        "train", "--replay", "4", "--epochs", "12", "--width", "4", "--batch-size", "128", "--checkpoint-interval",
+        "1", "--log-interval", "7", "--eval-steps", "1",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "fasttht", *words]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, "--output", str(whole)], check=True, capture_output=True, cwd=tmp_path)
+    process = subprocess.Popen([*command, "--output", str(killed)], stdout=subprocess.DEVNULL, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not any((killed / "checkpoints").glob("step-*")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "summary.csv").exists()
+    subprocess.run([*command, "--output", str(killed)], check=True, capture_output=True, cwd=tmp_path)
+    rows = (killed / "metrics.jsonl").read_bytes()
+    assert rows == (whole / "metrics.jsonl").read_bytes()
+    assert json.loads(rows.splitlines()[-1])["kind"] == "final"
+    for name in ("model", "training", "clean_encoder"):
+        ours, theirs = ((checkpoint.newest(run) or run) / f"{name}.safetensors" for run in (killed, whole))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+    again = subprocess.run([*command, "--output", str(killed)], check=True, capture_output=True, cwd=tmp_path)
+    assert b"is finished" in again.stdout
