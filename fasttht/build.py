@@ -21,13 +21,15 @@ from fasttht.state import TrainState
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def device_of(config: TrainConfig) -> torch.device:
-    """Return the device that the run asks for.
+def open_device(config: TrainConfig) -> torch.device:
+    """Return the device that the run asks for, and give torch the number of CPU threads that it asks for.
 
     Raises: UsageError if there is no such device, or if several processes were started.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("WORLD_SIZE: expected one process, got several; training over several is not built yet")
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
     name = config.run.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)

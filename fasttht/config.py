@@ -181,6 +181,8 @@ class RunConfig:
     "Seed of the initial weights and of every draw."
     device: str | None = None
     "Default: cuda if there is one, else cpu."
+    threads: int | None = None
+    "CPU threads of torch. Default: torch's own choice. Small networks want 1: more wait for each other."
     resume: Literal["auto", "never"] = "auto"
     "auto: continue from the run folder's newest checkpoint; never: refuse a run folder that has one."
     checkpoint_interval: int = 0
@@ -288,7 +290,8 @@ def _check_ranges(config: TrainConfig) -> None:
         ("--warmup-epochs", optim.warmup_epochs, 0), ("--decay-rate", optim.decay_rate, 0),
         ("--eval-interval", config.evaluation.eval_interval, 0), ("--scale-init", config.model.scale_init, 1),
         ("--eval-batch-size", config.evaluation.eval_batch_size, 1), ("--seed", config.run.seed, 0),
-        ("--checkpoint-interval", config.run.checkpoint_interval, 0), ("--log-interval", config.run.log_interval, 1),
+        ("--checkpoint-interval", config.run.checkpoint_interval, 0),
+        ("--threads", config.run.threads, 1), ("--log-interval", config.run.log_interval, 1),
         ("--checkpoint-hist", config.run.checkpoint_hist, 1), ("--eval-steps", min(config.evaluation.eval_steps), 0),
     ]  # fmt: skip
     for flag, value, low in at_least:

@@ -19,7 +19,7 @@ import torch
 from fasttht import checkpoint, kernels, log
 from fasttht.attacks.pgd import Draw, attack, evaluating
 from fasttht.attacks.threat import Threat
-from fasttht.build import build_loader, build_model, device_of
+from fasttht.build import build_loader, build_model, open_device
 from fasttht.config import TrainConfig
 from fasttht.errors import CheckpointError
 from fasttht.models.two_head import TwoHead
@@ -118,7 +118,7 @@ def evaluate_run(
     if found is None:
         raise CheckpointError(f"{path}: expected a run with a checkpoint, got none yet")
     meta = checkpoint.read_meta(found)
-    target, splits = device_of(config), open_splits(config.data.data)
+    target, splits = open_device(config), open_splits(config.data.data)
     if splits.num_classes != meta["num_classes"]:
         raise CheckpointError(
             f"{path}: expected data of {meta['num_classes']} classes, as the run was trained on, "

@@ -15,7 +15,7 @@ import torch
 
 from fasttht import checkpoint, log
 from fasttht.attacks.pgd import Draw
-from fasttht.build import build_loader, build_state, device_of
+from fasttht.build import build_loader, build_state, open_device
 from fasttht.config import TrainConfig, passes
 from fasttht.config_file import digest, identity
 from fasttht.errors import CheckpointError, NonFiniteError
@@ -46,7 +46,7 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         assert config.optim.epochs is not None, "the config was not resolved"
         self.config = config
-        self.device = device_of(config)
+        self.device = open_device(config)
         self.splits = open_splits(config.data.data)
         self.folder = RunFolder(config.run.output or default_output(config))
         resumes_from = self._find_checkpoint()

@@ -31,7 +31,8 @@ def test_free_training_makes_a_robust_network_and_clean_training_does_not(
     assert robust["final"]["pgd10_top1"] > 45
     assert clean["final"]["pgd10_top1"] < 20
     assert robust["final"]["pgd10_top1"] - robust["final"]["pgd50_top1"] < 5
-    first, last = robust["train"][0], robust["train"][-1]
+    # Not from the first row: while the bank fills, each image meets ever more negatives.
+    first, last = robust["train"][1], robust["train"][-1]
     assert last["loss_cl"] < first["loss_cl"]
     assert last["loss_cls"] < first["loss_cls"]
     assert last["skipped_steps"] == 0
