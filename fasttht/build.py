@@ -28,9 +28,11 @@ def open_device(config: TrainConfig) -> torch.device:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("WORLD_SIZE: expected one process, got several; training over several is not built yet")
-    if config.run.threads is not None:
+    if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    name = config.run.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = config.run.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:

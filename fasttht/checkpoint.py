@@ -27,7 +27,7 @@ _PREFIX = "step-"
 
 
 def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any], *, keep: int) -> Path:
-    """Write the checkpoint of `step` and remove all but the newest `keep`.
+    """Write the checkpoint of `step`, and remove later ones and all but the newest `keep`.
 
     Tensors are stored contiguous, whatever their strides. Returns the checkpoint's folder.
     """
@@ -44,11 +44,17 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict
     (partial / "MANIFEST.json").write_text(json.dumps(sums, indent=1))
     for path in [*partial.iterdir(), partial]:
         _fsync(path)
-    if final.exists():  # a resumed run reaches the step again, with the same content
-        shutil.rmtree(final)
+    replaced = parent / f".replaced-{final.name}"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():  # this step was reached before: after a fall-back from a damaged checkpoint
+        final.rename(replaced)
     partial.rename(final)
     _fsync(parent)
-    for old in listing(run)[:-keep]:
+    shutil.rmtree(replaced, ignore_errors=True)
+    steps = listing(run)
+    # Later steps belong to a course that this run has left; the newest `keep` of the others stay.
+    now = steps.index(final)
+    for old in [*steps[: max(now + 1 - keep, 0)], *steps[now + 1 :]]:
         shutil.rmtree(old)
     return final
 

@@ -79,7 +79,7 @@ def evaluate(
     eval_rule: Literal["ratio", "paper"] | None = None,
     eval_batch_size: int | None = None,
     output: Path | None = None,
-    device: str | None = None,
+    device: str = "auto",
 ) -> int:
     """Evaluate a run folder's newest checkpoint on clean and PGD-attacked held-out images.
 
@@ -100,7 +100,7 @@ def evaluate(
     output
         Also write the row as one JSON line to this file.
     device
-        Default: cuda if there is one, else cpu.
+        cpu, cuda or cuda:N; auto: cuda if there is one, else cpu.
     """
     from fasttht.evaluate import evaluate_run
 

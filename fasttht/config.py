@@ -57,8 +57,8 @@ class DataConfig:
     "Probability of a horizontal flip; 0 disables."
     crop_pct: float = 0.875
     "Share of the short side kept by the evaluation's centre crop."
-    workers: int | None = None
-    "Decoding threads. Default: one per core."
+    workers: int = 0
+    "Decoding threads; 0: one per core."
 
 
 @dataclass(kw_only=True)
@@ -179,10 +179,10 @@ class RunConfig:
     "Run folder. Default: runs/NAME-HASH, so the same command finds, and resumes, its own run."
     seed: int = 0
     "Seed of the initial weights and of every draw."
-    device: str | None = None
-    "Default: cuda if there is one, else cpu."
-    threads: int | None = None
-    "CPU threads of torch. Default: torch's own choice. Small networks want 1: more wait for each other."
+    device: str = "auto"
+    "cpu, cuda or cuda:N; auto: cuda if there is one, else cpu."
+    threads: int = 0
+    "CPU threads of torch; 0: torch's own choice. Small networks want 1: more only wait for each other."
     resume: Literal["auto", "never"] = "auto"
     "auto: continue from the run folder's newest checkpoint; never: refuse a run folder that has one."
     checkpoint_interval: int = 0
@@ -282,7 +282,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
 def _check_ranges(config: TrainConfig) -> None:
     data, attack, method, optim = config.data, config.attack, config.method, config.optim
     at_least: list[tuple[str, float | None, float]] = [
-        ("--img-size", data.img_size, 1), ("--workers", data.workers, 1), ("--width", config.model.width, 1),
+        ("--img-size", data.img_size, 1), ("--workers", data.workers, 0), ("--width", config.model.width, 1),
         ("--feat-dim", config.model.feat_dim, 1), ("--steps", attack.steps, 0), ("--replay", attack.replay, 1),
         ("--bank-size", method.bank_size, 0), ("--lambda-cl", method.lambda_cl, 0), ("--epochs", optim.epochs, 1),
         ("--batch-size", optim.batch_size, 1), ("--grad-accum-steps", optim.grad_accum_steps, 1),
@@ -291,7 +291,7 @@ def _check_ranges(config: TrainConfig) -> None:
         ("--eval-interval", config.evaluation.eval_interval, 0), ("--scale-init", config.model.scale_init, 1),
         ("--eval-batch-size", config.evaluation.eval_batch_size, 1), ("--seed", config.run.seed, 0),
         ("--checkpoint-interval", config.run.checkpoint_interval, 0),
-        ("--threads", config.run.threads, 1), ("--log-interval", config.run.log_interval, 1),
+        ("--threads", config.run.threads, 0), ("--log-interval", config.run.log_interval, 1),
         ("--checkpoint-hist", config.run.checkpoint_hist, 1), ("--eval-steps", min(config.evaluation.eval_steps), 0),
     ]  # fmt: skip
     for flag, value, low in at_least:

@@ -101,7 +101,7 @@ def evaluate(
 
 
 def evaluate_run(
-    path: Path, *, changes: dict[str, Any], goal: str, output: Path | None = None, device: str | None = None
+    path: Path, *, changes: dict[str, Any], goal: str, output: Path | None = None, device: str = "auto"
 ) -> dict[str, Any]:
     """Evaluate a run folder's newest checkpoint, print the table, and return the row.
 

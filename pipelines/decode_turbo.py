@@ -83,15 +83,16 @@ def _jpeg_header(data: Pixels) -> tuple[int, int, str] | None:
 @contextmanager
 def _pillow(data: Pixels) -> Iterator[Image.Image]:
     """Open an image with Pillow; whatever it cannot read, then or while it is used, becomes a DataError."""
+    wanted = "a whole JPEG" if _is_jpeg(data) else "an image"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # palette transparency and broken EXIF blocks
             with Image.open(io.BytesIO(data.tobytes())) as image:
                 yield image
     except UnidentifiedImageError:
-        raise DataError("expected an image, got bytes of no known format") from None
+        raise DataError(f"expected {wanted}, got bytes of no known format") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"expected an image, got {error}") from None
+        raise DataError(f"expected {wanted}, got {error}") from None
 
 
 def crop_resize_into(pixels: Pixels, window: tuple[int, int, int, int], flip: bool, out: Pixels) -> None:

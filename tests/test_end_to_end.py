@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,8 @@ def test_free_training_makes_a_robust_network_and_clean_training_does_not(
     assert robust["final"]["pgd10_top1"] > 45
     assert clean["final"]["pgd10_top1"] < 20
     assert robust["final"]["pgd10_top1"] - robust["final"]["pgd50_top1"] < 5
-    # Not from the first row: while the bank fills, each image meets ever more negatives.
-    first, last = robust["train"][1], robust["train"][-1]
-    assert last["loss_cl"] < first["loss_cl"]
+    first, last = robust["train"][0], robust["train"][-1]
+    assert last["loss_cl"] < math.log(1 + 1024) - 2  # far better than telling the twin from the bank by chance
     assert last["loss_cls"] < first["loss_cls"]
     assert last["skipped_steps"] == 0
     assert 1 <= last["logit_scale"] <= 100
