@@ -1,4 +1,4 @@
-"""The two train steps: equal to the plain-PyTorch specification, free of host syncs, indifferent to how a batch is cut."""
+"""The two train steps: equal to the plain-PyTorch specification, without host syncs, however a batch is cut."""
 
 from __future__ import annotations
 
