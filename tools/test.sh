@@ -19,7 +19,7 @@ install_system_packages() {
 }
 
 install() {
-  say "installing into $VENV what the tests need: some minutes and 3 GB the first time, skipped the next"
+  say "installing into $VENV what the tests need: some minutes and 2 GB the first time, skipped the next"
   install_system_packages
   ensure_torch
   pip_install "fasttht and its test tools" -c "$VENV/constraints.txt" -e ".[test]"
