@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 from cyclopts.config import Dict
@@ -61,10 +61,11 @@ def train(*, preset: Preset = None, config_path: ConfigFile = None, config: Conf
         log.say(f"{folder.path} is finished; this is its result (give another --output or --seed to train again)")
     else:
         trainer = Trainer(chosen)
-        log.say(describe(chosen, trainer))
+        log.say(trainer.describe())
         row = trainer.fit()
     assert row is not None, "a run that was not stopped has a final row"
-    log.scores(f"{row['images']} held-out images, linf eps {words(chosen.attack.eps)}", row)
+    assert chosen.attack.eps is not None, "the config was resolved"
+    log.scores(f"{row['images']} held-out images, linf eps {config_file.pixels_text(chosen.attack.eps)}", row)
     log.say(f"run folder: {folder.path}")
     return 0
 
@@ -186,35 +187,6 @@ def data_write(
         ),
     )
     return 0
-
-
-def describe(config: TrainConfig, trainer: Any) -> str:
-    """Return the lines that open a run: what is trained, on what, for how long."""
-    settings, optim = config.attack, config.optim
-    train, val = trainer.splits.train, trainer.splits.val
-    how = f"free, {settings.replay} replays" if settings.replay > 1 else f"PGD-{settings.steps}"
-    if config.method.objective == "clean":
-        how = "no attack"
-    lines = [
-        f"objective {config.method.objective}, {config.model.arch} on {trainer.device}, {how}, "
-        f"linf eps {words(settings.eps)}, alpha {words(settings.alpha)}",
-        f"data {config.data.data or 'embedded digits'}: {len(train):,} training and {len(val):,} held-out images, "
-        f"{trainer.splits.num_classes} classes",
-        f"{trainer.num_passes} passes ({optim.epochs} epochs at replay {settings.replay}) of "
-        f"{trainer.steps_per_pass} steps, batch {optim.batch_size}, lr {optim.lr:g}",
-    ]
-    if config.method.objective == "that":
-        lines.append(f"clean encoder {config.method.clean_encoder}, bank {config.method.bank_size}")
-    if trainer.resumed:
-        lines.append(f"resuming {trainer.folder.path} after step {trainer.state.step} of {trainer.total_steps}")
-    return "\n".join(lines)
-
-
-def words(pixels: float | None) -> str:
-    """Return a pixel-space length for people: 16/255 where it is one, else a number."""
-    assert pixels is not None, "the config was not resolved"
-    levels = pixels * 255
-    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-9 and levels else f"{pixels:g}"
 
 
 def layers(tokens: list[str]) -> list[Dict]:

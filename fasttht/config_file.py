@@ -57,11 +57,17 @@ def to_toml(config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
+def pixels_text(value: float) -> str:
+    """Return a pixel-space length as people write it, 16/255 where it is one, so that it parses back exactly."""
+    levels = Fraction(value).limit_denominator(255 * 64)
+    if float(levels) == value and 255 % levels.denominator == 0 and levels.denominator > 1:
+        return f"{levels * 255}/255"
+    return repr(value)
+
+
 def _toml_value(key: str, value: Any) -> str:
     if key in ("eps", "alpha"):
-        levels = Fraction(value).limit_denominator(255 * 64)
-        if float(levels) == value and 255 % levels.denominator == 0 and levels.denominator > 1:
-            return f'"{levels * 255}/255"'
+        return json.dumps(pixels_text(value))
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml_value("", item) for item in value) + "]"
     if isinstance(value, float):

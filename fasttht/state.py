@@ -10,6 +10,7 @@ from torch import Tensor
 from fasttht.attacks.free import FreeDelta
 from fasttht.bank import FeatureBank
 from fasttht.config import TrainConfig
+from fasttht.metrics import Meter
 from fasttht.models.clean_encoder import CleanEncoder, lerp_
 from fasttht.models.two_head import CosineClassifier, TwoHead, decay_groups
 from fasttht.schedule import Schedule
@@ -38,32 +39,6 @@ class GuardedSGD(torch.optim.SGD):
         """Take one step unless `found_inf` is 1. Called by GradScaler.step only."""
         self.last_found_inf.copy_(self.found_inf.reshape(()))
         super().step()
-
-
-class Meter:
-    """Sums of metrics since the last log row, kept on the device and read once per row."""
-
-    NAMES = (
-        "loss", "loss_cls", "loss_cl", "adv_correct", "images", "zero_grad", "nan_grad", "grad_norm", "skipped",
-        "steps",
-    )  # fmt: skip
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
-
-    def add(self, **values: Tensor | float) -> None:
-        """Add to the named sums, in place."""
-        row = [
-            value.to(torch.float64) if isinstance(value, Tensor) else self.sums.new_full((), value)
-            for value in (values.get(name, 0.0) for name in self.NAMES)
-        ]
-        self.sums += torch.stack(row)
-
-    def read(self) -> dict[str, float]:
-        """Return the sums and clear them. This waits for the device."""
-        values = dict(zip(self.NAMES, self.sums.tolist(), strict=True))
-        self.sums.zero_()
-        return values
 
 
 class TrainState:

@@ -119,7 +119,7 @@ def _backward(state: TrainState, config: TrainConfig, views: Views, share: float
     images = len(views.y)
     state.meter.add(
         loss=terms.loss.detach() * images,
-        adv_correct=(terms.logits.detach().argmax(dim=1) == views.y).sum(),
+        correct=(terms.logits.detach().argmax(dim=1) == views.y).sum(),
         images=images,
         **{name: value.detach() * images for name, value in terms.parts.items()},
     )

@@ -6,8 +6,8 @@ sizes of its row files; a checkpoint is exactly these, so a run may be stopped a
 
 from __future__ import annotations
 
+import importlib.util
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from fasttht import checkpoint, log
 from fasttht.attacks.pgd import Draw
 from fasttht.build import build_loader, build_state, open_device
 from fasttht.config import TrainConfig, passes
-from fasttht.config_file import digest, identity
-from fasttht.errors import CheckpointError, NonFiniteError
+from fasttht.config_file import digest, identity, pixels_text
+from fasttht.errors import CheckpointError, NonFiniteError, UsageError
 from fasttht.evaluate import evaluate, record, threats
+from fasttht.metrics import Clock, figures, means
+from fasttht.models.two_head import CosineClassifier
+from fasttht.objectives import OBJECTIVES
 from fasttht.pipelines.loader import Batch
 from fasttht.pipelines.splits import open_splits
 from fasttht.run_folder import METRICS, TIMING, RunFolder
@@ -45,6 +48,10 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         assert config.optim.epochs is not None, "the config was not resolved"
+        if config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise UsageError(
+                '--tensorboard: expected the tensorboard package, got none; run: pip install "fasttht[tensorboard]"'
+            )
         self.config = config
         self.device = open_device(config)
         self.splits = open_splits(config.data.data)
@@ -55,6 +62,8 @@ class Trainer:
         self.steps_per_pass = self.loader.plan.num_steps
         self.num_passes = passes(config, config.optim.epochs)
         self.state = build_state(config, self.splits, self.device, self.steps_per_pass)
+        self.objective = OBJECTIVES[config.method.objective]
+        self.clock = Clock(self.loader)
         self.resumed = resumes_from is not None
         if resumes_from is not None:
             self._restore(resumes_from)
@@ -65,6 +74,27 @@ class Trainer:
         """Minibatches in the whole run."""
         return self.num_passes * self.steps_per_pass
 
+    def describe(self) -> str:
+        """Return the lines that open a run: what is trained, on what, for how long."""
+        config, settings, optim = self.config, self.config.attack, self.config.optim
+        assert settings.eps is not None, "the config was not resolved"
+        assert settings.alpha is not None, "the config was not resolved"
+        how = f"free, {settings.replay} replays" if settings.replay > 1 else f"PGD-{settings.steps}"
+        threat = f"{how}, linf eps {pixels_text(settings.eps)}, alpha {pixels_text(settings.alpha)}"
+        lines = [
+            f"objective {config.method.objective}, {config.model.arch} on {self.device}, "
+            + (threat if self.objective.attacked else "no attack"),
+            f"data {config.data.data or 'embedded digits'}: {len(self.splits.train):,} training and "
+            f"{len(self.splits.val):,} held-out images, {self.splits.num_classes} classes",
+            f"{self.num_passes} passes ({optim.epochs} epochs at replay {settings.replay}) of {self.steps_per_pass} "
+            f"steps, batch {optim.batch_size}, lr {optim.lr:g}",
+        ]
+        if self.objective.has_clean_encoder:
+            lines.append(f"clean encoder {config.method.clean_encoder}, bank {config.method.bank_size}")
+        if self.resumed:
+            lines.append(f"resuming {self.folder.path} after step {self.state.step} of {self.total_steps}")
+        return "\n".join(lines)
+
     def fit(self, *, stop_at: int | None = None) -> dict[str, Any] | None:
         """Train to the end and evaluate, or stop after `stop_at` steps of the whole run with a checkpoint.
 
@@ -74,7 +104,7 @@ class Trainer:
         """
         begun = self.resumed
         with log.Screen("train", self.total_steps, "steps", done=self.state.step) as screen:
-            clock = _Clock(self)
+            self.clock.restart()
             while self.loader.epoch < self.num_passes:
                 for batch in self.loader:
                     if not begun:  # only now: data that cannot be read leave no run folder behind
@@ -84,7 +114,7 @@ class Trainer:
                     screen.advance(self.state.step)
                     at_end = self.loader.step == self.steps_per_pass
                     if self.state.step % self.config.run.log_interval == 0 or self.state.step == self.total_steps:
-                        screen.figures(self._log_row(clock))
+                        screen.figures(self._log_row())
                     if at_end:
                         self._maybe_evaluate()
                     interval = self.config.run.checkpoint_interval
@@ -105,56 +135,34 @@ class Trainer:
 
     # -- rows ------------------------------------------------------------------------------------------------------
 
-    def _log_row(self, clock: _Clock) -> dict[str, str]:
+    def _log_row(self) -> dict[str, str]:
         """Write one row of metrics; the only place in the loop that waits for the device."""
-        sums = self.state.meter.read()
-        images, steps = max(sums["images"], 1), max(sums["steps"], 1)
-        row: dict[str, Any] = {"kind": "train", "epoch": self.loader.epoch, "step": self.state.step}
-        row |= {name: sums[name] / images for name in ("loss", "loss_cls")}
-        if self.state.clean_encoder is not None:
-            row["loss_cl"] = sums["loss_cl"] / images
-        row["adv_top1" if self.config.method.objective != "clean" else "clean_top1"] = (
-            100 * sums["adv_correct"] / images
-        )
-        row |= {
-            "lr": float(self.state.lr),
-            "grad_norm": sums["grad_norm"] / steps,
-            "zero_grad_pct": 100 * sums["zero_grad"] / steps,
-            "nan_grad_pct": 100 * sums["nan_grad"] / steps,
-            "skipped_steps": int(sums["skipped"]),
-            "loss_scale": self.state.scaler.get_scale(),
-        }
-        scale = getattr(self.state.model.classifier, "scale", None)
-        if scale is not None:
-            row["logit_scale"] = float(scale.detach())
-        overflowed = sums["skipped"] > 0 and self.state.amp_dtype != torch.float16
+        state = self.state
+        sums = state.meter.read()
+        row: dict[str, Any] = {"kind": "train", "epoch": self.loader.epoch, "step": state.step}
+        row |= means(sums, attacked=self.objective.attacked, contrastive=self.objective.has_clean_encoder)
+        row |= {"lr": float(state.lr), "loss_scale": state.scaler.get_scale()}
+        if isinstance(state.model.classifier, CosineClassifier):
+            row["logit_scale"] = float(state.model.classifier.scale.detach())
+        overflowed = sums["skipped"] > 0 and state.amp_dtype != torch.float16
         if not math.isfinite(row["loss"]) or overflowed:
             raise NonFiniteError(
-                f"step {self.state.step}: expected a finite loss and gradient, got loss {row['loss']:g} and "
+                f"step {state.step}: expected a finite loss and gradient, got loss {row['loss']:g} and "
                 f"{row['skipped_steps']} steps with a non-finite gradient; the last checkpoint is kept in "
                 f"{self.folder.path}: lower --lr, or try --amp-dtype fp32"
             )
+        timing = self.clock.row(sums["images"])
         self.folder.append(METRICS, row)
-        timing = clock.row(images)
-        self.folder.append(TIMING, {"step": self.state.step, **timing})
+        self.folder.append(TIMING, {"step": state.step, **timing})
         self._tensorboard({**row, **timing})
-        figures = {
-            "pass": f"{self.loader.epoch + 1}/{self.num_passes}",
-            "loss": f"{row['loss']:.3f}",
-            "cls": f"{row['loss_cls']:.3f}",
-        }
-        if "loss_cl" in row:
-            figures["cl"] = f"{row['loss_cl']:.3f}"
-        name = "adv" if "adv_top1" in row else "clean"
-        figures[f"{name} top-1"] = f"{row[f'{name}_top1']:.1f}%"
-        figures |= {"img/s": f"{timing['img_per_s']:.0f}", "data wait": f"{timing['data_wait_pct']:.0f}%"}
-        return figures
+        return {"pass": f"{self.loader.epoch + 1}/{self.num_passes}", **figures(row, timing)}
 
     def _maybe_evaluate(self) -> None:
         interval = self.config.evaluation.eval_interval
         done = self.loader.epoch + 1
         if interval and done % interval == 0 and done < self.num_passes:
             self._evaluate("eval")
+            self.clock.restart()
 
     def _evaluate(self, kind: str) -> dict[str, Any]:
         attacks = threats(self.config)
@@ -226,22 +234,3 @@ class Trainer:
         self.loader.load_state_dict(meta["loader"])
         if self.folder.final() is None:  # the final row comes after the last checkpoint: a finished run keeps it
             self.folder.rewind(meta["rows"])
-
-
-class _Clock:
-    """Images per second and the share of time spent waiting for data, since the last row."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.loader = trainer.loader
-        self.start, self.wait_s = time.perf_counter(), self.loader.wait_s
-
-    def row(self, images: float) -> dict[str, float]:
-        now, wait_s = time.perf_counter(), self.loader.wait_s
-        seconds = now - self.start
-        row = {
-            "img_per_s": round(images / seconds, 1),
-            "data_wait_pct": round(100 * (wait_s - self.wait_s) / seconds, 1),
-            "seconds": round(seconds, 3),
-        }
-        self.start, self.wait_s = now, wait_s
-        return row

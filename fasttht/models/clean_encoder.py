@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fasttht.checkpoint import read_encoder
 from fasttht.errors import CheckpointError
 from fasttht.models.two_head import FeatureHead, Normalize, TwoHead
 
@@ -67,8 +68,6 @@ def load_frozen(model: TwoHead, path: Path) -> CleanEncoder:
 
     Raises: CheckpointError naming the first key that is missing or of another shape.
     """
-    from fasttht.checkpoint import read_encoder
-
     tensors = read_encoder(path)
     encoder = CleanEncoder(model, frozen=True)
     for name, own in encoder.state_dict().items():

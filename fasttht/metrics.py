@@ -1,0 +1,87 @@
+"""What is measured while training: sums on the device, a row of them now and then, and the clock beside it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttht.pipelines.loader import Loader
+
+
+class Meter:
+    """Sums since the last row, kept on the device and read once per row.
+
+    Losses, correct predictions and images are sums over the images that were trained on (replays counted), the rest
+    sums over optimizer steps.
+    """
+
+    NAMES = (
+        "loss", "loss_cls", "loss_cl", "correct", "images", "zero_grad", "nan_grad", "grad_norm", "skipped", "steps",
+    )  # fmt: skip
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+
+    def add(self, **values: Tensor | float) -> None:
+        """Add to the named sums, in place."""
+        unknown = values.keys() - set(self.NAMES)
+        assert not unknown, f"meter: expected names of {self.NAMES}, got {sorted(unknown)}"
+        row = [
+            value.to(torch.float64) if isinstance(value, Tensor) else self.sums.new_full((), value)
+            for value in (values.get(name, 0.0) for name in self.NAMES)
+        ]
+        self.sums += torch.stack(row)
+
+    def read(self) -> dict[str, float]:
+        """Return the sums and clear them. This waits for the device."""
+        values = dict(zip(self.NAMES, self.sums.tolist(), strict=True))
+        self.sums.zero_()
+        return values
+
+
+def means(sums: dict[str, float], *, attacked: bool, contrastive: bool) -> dict[str, float]:
+    """Turn a meter's sums into the figures of a row: losses per image, shares in percent, norms per step."""
+    images, steps = max(sums["images"], 1), max(sums["steps"], 1)
+    losses = ("loss", "loss_cls", "loss_cl") if contrastive else ("loss", "loss_cls")
+    row = {name: sums[name] / images for name in losses}
+    row["adv_top1" if attacked else "clean_top1"] = 100 * sums["correct"] / images
+    row["grad_norm"] = sums["grad_norm"] / steps
+    row |= {f"{name}_pct": 100 * sums[name] / steps for name in ("zero_grad", "nan_grad")}
+    row["skipped_steps"] = int(sums["skipped"])
+    return row
+
+
+def figures(row: dict[str, Any], timing: dict[str, float]) -> dict[str, str]:
+    """Return the few figures that people watch, as text."""
+    shown = {"loss": f"{row['loss']:.3f}", "cls": f"{row['loss_cls']:.3f}"}
+    if "loss_cl" in row:
+        shown["cl"] = f"{row['loss_cl']:.3f}"
+    name = "adv" if "adv_top1" in row else "clean"
+    shown[f"{name} top-1"] = f"{row[f'{name}_top1']:.1f}%"
+    return shown | {"img/s": f"{timing['img_per_s']:.0f}", "data wait": f"{timing['data_wait_pct']:.0f}%"}
+
+
+class Clock:
+    """Images per second and the share of time spent waiting for data, since the last row."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+        self.restart()
+
+    def restart(self) -> None:
+        """Start again from now: what came before, an evaluation for instance, is not counted."""
+        self._start, self._wait_s = time.perf_counter(), self.loader.wait_s
+
+    def row(self, images: float) -> dict[str, float]:
+        """Return the figures since the last row (img_per_s, data_wait_pct, seconds) and start again."""
+        seconds = time.perf_counter() - self._start
+        waited = self.loader.wait_s - self._wait_s
+        self.restart()
+        return {
+            "img_per_s": round(images / seconds, 1),
+            "data_wait_pct": round(100 * waited / seconds, 1),
+            "seconds": round(seconds, 3),
+        }
