@@ -96,15 +96,24 @@ def _pillow(data: Pixels) -> Iterator[Image.Image]:
 
 
 def crop_resize_into(pixels: Pixels, window: tuple[int, int, int, int], flip: bool, out: Pixels) -> None:
-    """Write `window` (top, left, height, width) of `pixels`, resized, into `out` (size, size, 3) uint8.
+    """Write `window` (top, left, height, width) of `pixels`, resized, into `out` (size, size, 3) uint8, C order.
 
     Shrinking averages areas (antialiased), enlarging is bilinear, equal size copies.
+    OpenCV writes into `out` itself: a mirrored numpy copy alone costs 300 us at 224 pixels, its flip 50.
     """
+    if not out.flags.c_contiguous:
+        raise ValueError("crop_resize_into: expected out in C order, got a strided view; OpenCV would write beside it")
     top, left, height, width = window
     crop = pixels[top : top + height, left : left + width]
     size_y, size_x = out.shape[:2]
     if (height, width) != (size_y, size_x):
         method = cv2.INTER_AREA if height >= size_y and width >= size_x else cv2.INTER_LINEAR
+        if not flip:
+            cv2.resize(crop, (size_x, size_y), dst=out, interpolation=method)
+            return
         resized: Any = cv2.resize(crop, (size_x, size_y), interpolation=method)
         crop = resized
-    out[:] = crop[:, ::-1] if flip else crop
+    if flip:
+        cv2.flip(crop, 1, dst=out)
+    else:
+        out[:] = crop
