@@ -49,6 +49,8 @@ class FeatureBank:
                 f"bank: expected feat_clean of shape (B, {self.features.shape[1]}), got {tuple(feat_clean.shape)}; "
                 "pass the projected feature, not the trunk output"
             )
+        if index.shape != feat_clean.shape[:1]:
+            raise ValueError(f"bank: expected {len(feat_clean)} indices, one per feature, got {tuple(index.shape)}")
         unit = F.normalize(feat_clean.to(self.features.dtype), dim=1)
         kernels.bank_write_(self.features, self.index, self.ptr, unit, index)
 

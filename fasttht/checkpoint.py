@@ -9,6 +9,7 @@ MANIFEST.json holds the sha256 of every file. Nothing is pickled.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -32,25 +33,28 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict
     Tensors are stored contiguous, whatever their strides. Returns the checkpoint's folder.
     """
     parent = run / FOLDER
-    final = parent / f"{_PREFIX}{step:08d}"
+    name = f"{_PREFIX}{step:08d}"
+    # A step may be reached again, after a fall-back from a damaged checkpoint. The new one then takes a name beside
+    # the old one's, which goes only when the new one is in place.
+    earlier = sorted(parent.glob(f"{name}*"))
+    names = (f"{name}.{n}" if n else name for n in itertools.count())
+    final = next(path for path in (parent / free for free in names) if path not in earlier)
+    for leftover in parent.glob(".partial-*"):
+        shutil.rmtree(leftover)
     partial = parent / f".partial-{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name, group in tensors.items():
+    for file, group in tensors.items():
         whole = {key: tensor.detach().to("cpu").contiguous() for key, tensor in group.items()}
-        save_file(_unshared(whole), partial / f"{name}.safetensors")
+        save_file(_unshared(whole), partial / f"{file}.safetensors")
     (partial / "state.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
     sums = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
     (partial / "MANIFEST.json").write_text(json.dumps(sums, indent=1))
     for path in [*partial.iterdir(), partial]:
         _fsync(path)
-    replaced = parent / f".replaced-{final.name}"
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():  # this step was reached before: after a fall-back from a damaged checkpoint
-        final.rename(replaced)
     partial.rename(final)
     _fsync(parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    for old in earlier:
+        shutil.rmtree(old)
     steps = listing(run)
     # Later steps belong to a course that this run has left; the newest `keep` of the others stay.
     now = steps.index(final)

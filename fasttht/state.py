@@ -115,10 +115,8 @@ class TrainState:
         for name, parameter in self.model.named_parameters():
             if "momentum_buffer" in self.optimizer.state[parameter]:
                 training[f"momentum.{name}"] = self.optimizer.state[parameter]["momentum_buffer"]
-        scale, growth = (
-            self.scaler._scale,
-            self.scaler._growth_tracker,
-        )  # state_dict() would sync and lose the tensors
+        # Not the scaler's state_dict(): that reads them to the host.
+        scale, growth = self.scaler._scale, self.scaler._growth_tracker
         assert scale is not None, "the scaler's tensors were created above"
         assert growth is not None, "the scaler's tensors were created above"
         training |= {"scaler.scale": scale, "scaler.growth_tracker": growth}
@@ -133,12 +131,17 @@ class TrainState:
             files["clean_encoder"] = dict(self.clean_encoder.state_dict())
         return files
 
+    def statistics(self) -> list[Tensor]:
+        """Return copies of f's BN statistics, to be handed to `update_` after the forward that changes them."""
+        return [buffer.clone() for buffer in self.model.trunk.buffers()]
+
     @torch.no_grad()
-    def update_(self, config: TrainConfig) -> Tensor:
+    def update_(self, config: TrainConfig, before: list[Tensor]) -> Tensor:
         """Apply the accumulated gradients and everything that follows an update, without a host sync.
 
         Mutates weights, momentum, scaler, EMA, momentum g and the update count; clears the gradients. If a gradient
-        is not finite all of them but the scaler stay as they were. Returns () float, 1 if the update was skipped.
+        is not finite all of them but the scaler stay as they were, and f's BN statistics go back to `before`: an
+        infinite activation would stay in them for good. Returns () float, 1 if the update was skipped.
         """
         self.lr.copy_(self.schedule.at(self.updates))
         self.scaler.unscale_(self.optimizer)
@@ -148,6 +151,8 @@ class TrainState:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         skipped = self.optimizer.last_found_inf
+        for buffer, kept in zip(self.model.trunk.buffers(), before, strict=True):
+            torch.where(skipped > 0, kept, buffer, out=buffer)
         taken = 1 - skipped.double()  # the rates below in float64: 1 - m loses digits in float32
         self.updates += taken.to(torch.int64)
         if isinstance(self.model.classifier, CosineClassifier):

@@ -53,6 +53,7 @@ def standard_step(state: TrainState, config: TrainConfig, batch: Batch, draw: Dr
     """
     objective = OBJECTIVES[config.method.objective]
     threat = train_threat(config)
+    before = state.statistics()
     features = []
     for part in _parts(batch, config.optim.grad_accum_steps):
         x = kernels.u8_to_input(batch.x[part.rows], state.dtype)
@@ -68,7 +69,7 @@ def standard_step(state: TrainState, config: TrainConfig, batch: Batch, draw: Dr
             state.meter.add(zero_grad=attacked.zero_grad * part.share, nan_grad=attacked.nan_grad * part.share)
         _backward(state, config, Views(x, x_adv, part.y, part.index, feat_clean), part.share)
         features.append(feat_clean)
-    state.update_(config)
+    state.update_(config, before)
     _enqueue(state, features, batch.index)
 
 
@@ -85,13 +86,13 @@ def free_step(state: TrainState, config: TrainConfig, batch: Batch) -> None:
     parts = list(_parts(batch, config.optim.grad_accum_steps))
     features = [state.clean_features(kernels.u8_to_input(batch.x[part.rows], state.dtype)) for part in parts]
     for _ in range(settings.replay):
-        leaves = []
+        leaves, before = [], state.statistics()
         for part, feat_clean in zip(parts, features, strict=True):
             x = kernels.u8_to_input(batch.x[part.rows], state.dtype)
             leaf = delta.leaf(part.rows)
             _backward(state, config, Views(x, perturbed(x, leaf), part.y, part.index, feat_clean), part.share)
             leaves.append(leaf)
-        skip = state.update_(config)
+        skip = state.update_(config, before)
         for part, leaf in zip(parts, leaves, strict=True):
             assert leaf.grad is not None, "the loss depends on delta"
             zero, nan = (leaf.grad == 0).float().mean(), leaf.grad.isnan().float().mean()

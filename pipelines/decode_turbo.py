@@ -27,6 +27,10 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 # The loader already runs one thread per worker; OpenCV's own pool would oversubscribe the cores.
 cv2.setNumThreads(1)
 
+# Palette transparency and broken EXIF blocks are of no interest here. Set once: catch_warnings() in the decoding
+# threads would race over the process's filters.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
 
 def image_size(data: Pixels) -> tuple[int, int]:
     """Read (height, width) of an encoded image from its header.
@@ -85,10 +89,8 @@ def _pillow(data: Pixels) -> Iterator[Image.Image]:
     """Open an image with Pillow; whatever it cannot read, then or while it is used, becomes a DataError."""
     wanted = "a whole JPEG" if _is_jpeg(data) else "an image"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # palette transparency and broken EXIF blocks
-            with Image.open(io.BytesIO(data.tobytes())) as image:
-                yield image
+        with Image.open(io.BytesIO(data.tobytes())) as image:
+            yield image
     except UnidentifiedImageError:
         raise DataError(f"expected {wanted}, got bytes of no known format") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -19,7 +19,7 @@ _start: dict[str, Any] = {}
 
 
 def pytest_sessionstart() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # networks this small only wait for a second thread
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 -- the legacy global state is what the guard below watches

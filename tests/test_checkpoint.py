@@ -170,7 +170,7 @@ def test_a_step_that_is_reached_again_replaces_its_checkpoint(tmp_path: Path) ->
     live = zeros_like(files_of())
     checkpoint.restore(folder, live)
     assert_same(live, files_of(2))
-    assert checkpoint.listing(tmp_path) == [folder]
+    assert list((tmp_path / "checkpoints").iterdir()) == [folder]
 
 
 def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
@@ -306,24 +306,37 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_and_can_be_repeated(
     assert sorted((tmp_path / "checkpoints").iterdir()) == [newer]
 
 
+@pytest.mark.parametrize("number", [0, 1])
 def test_a_save_of_the_same_step_that_fails_leaves_a_whole_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    checkpoint.save(tmp_path, 1, files_of(), META, keep=1)
+    """Whichever rename fails; 0 stands for the one of another step, the ordinary case."""
+    old = checkpoint.save(tmp_path, 1, files_of(1), META, keep=1)
+    calls = []
+    rename = Path.rename
 
-    def failing(_self: Path, _target: Path) -> Path:
-        raise DiskFullError
+    def failing(path: Path, target: Path) -> Path:
+        calls.append(path)
+        if len(calls) == max(number, 1):
+            raise DiskFullError
+        return rename(path, target)
 
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(DiskFullError):
-        checkpoint.save(tmp_path, 1, files_of(), META, keep=1)
-    assert checkpoint.newest(tmp_path) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(DiskFullError):
+            checkpoint.save(tmp_path, 1 if number else 2, files_of(2), META, keep=1)
+    assert checkpoint.newest(tmp_path) == old
+    assert checkpoint.listing(tmp_path) == [old]
+    live = zeros_like(files_of())
+    checkpoint.restore(old, live)
+    assert_same(live, files_of(1))
 
 
-def test_rotation_does_not_remove_what_was_just_saved(tmp_path: Path) -> None:
+def test_rotation_keeps_what_was_just_saved_and_removes_what_lies_behind_it(tmp_path: Path) -> None:
     """Resumed from step 1 because step 5 is damaged, then stopped at step 3."""
     checkpoint.save(tmp_path, 1, files_of(1), META, keep=2)
     damaged = checkpoint.save(tmp_path, 5, files_of(5), META, keep=2)
     (damaged / "state.json").unlink()
     saved = checkpoint.save(tmp_path, 3, files_of(3), META, keep=1)
     assert checkpoint.newest(tmp_path) == saved
+    assert checkpoint.listing(tmp_path) == [saved]

@@ -1,7 +1,7 @@
 """K-step projected gradient descent (THAT, Eq. 7; Madry et al.): a pure function of the network and the images.
 
-It reads input gradients only. Parameter gradients, BN buffers, the modules' modes and the global RNG are as they
-were when it returns, also if it raises.
+It reads input gradients only: parameter gradients and the global RNG are as they were when it returns, also if it
+raises. Inside `evaluating`, so are BN buffers and the modules' modes.
 """
 
 from __future__ import annotations

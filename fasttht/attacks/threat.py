@@ -25,7 +25,7 @@ class Threat:
     def __post_init__(self) -> None:
         if not 0 <= self.eps <= 1:
             raise ValueError(f"threat: expected eps in [0, 1], got {self.eps}; pixels are in [0, 1], so 16 is 16/255")
-        if self.alpha < 0 or self.steps < 0:
+        if not (self.alpha >= 0 and self.steps >= 0):
             raise ValueError(f"threat: expected alpha and steps of at least 0, got {self.alpha} and {self.steps}")
         if not 0 <= self.clean_prob <= 1:
             raise ValueError(f"threat: expected clean_prob in [0, 1], got {self.clean_prob}")

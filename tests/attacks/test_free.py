@@ -228,6 +228,21 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
     assert fault.num_calls == 3 * REPLAY
 
 
+def test_an_overflow_in_the_forward_leaves_the_average_as_it_was() -> None:
+    """What float16 activations do: the gradient is not finite, and BN has seen infinity before it."""
+    config = config_of(model_ema=True)
+    state = state_of(config)
+    free_step(state, config, batch_of(0))
+    before = protected(state)
+    handle = state.model.trunk.layer1.register_forward_hook(lambda _module, _args, out: out * float("inf"))
+    statistics = state.statistics()
+    free_step(state, config, batch_of(1))
+    handle.remove()
+    after = protected(state)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert all(torch.equal(a, b) for a, b in zip(statistics, state.statistics(), strict=True))
+
+
 def test_after_a_step_that_was_not_taken_the_next_is_the_one_it_would_have_been() -> None:
     """Bit for bit the step of a run that never met the bad batch; the halved loss scale is exact."""
     config = config_of()

@@ -180,6 +180,13 @@ def test_what_is_no_image_is_refused(data: bytes) -> None:
             function(np.frombuffer(data, dtype=np.uint8))
 
 
+def test_an_unknown_format_is_said_in_words_that_do_not_change_from_run_to_run() -> None:
+    """Pillow's own words name an object by its address."""
+    for function in (decode, image_size):
+        with pytest.raises(DataError, match=r"^expected an image, got bytes of no known format$"):
+            function(np.frombuffer(b"not an image", dtype=np.uint8))
+
+
 @pytest.mark.parametrize("name", JPEGS)
 def test_image_size_reads_the_header_of_a_jpeg(name: str) -> None:
     assert image_size(JPEGS[name]) == (37, 53)
