@@ -106,7 +106,7 @@ if __name__ == "__main__":
     x = torch.rand(512, 3, 8, 8) * 0.7 + 0.3 * (torch.arange(8).view(8, 1) // 2 == y.view(-1, 1, 1, 1))
     for free in (False, True):
         f, bank, delta = Net(4), Bank(256, 16), torch.zeros(64, 3, 8, 8)
-        g = copy.deepcopy(f).eval()  # the paper's g: a frozen self-supervised network of f's architecture
+        g = copy.deepcopy(f).eval()  # stands in for a self-supervised network, frozen
         state = (f, lambda z, g=g: g(z)[1], torch.optim.SGD(f.parameters(), lr=0.02, momentum=0.9), bank)
         for _ in range(40):
             i = torch.randperm(512)[:64]

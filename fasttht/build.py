@@ -44,7 +44,9 @@ def open_device(config: TrainConfig) -> torch.device:
 
 def amp_dtype_of(config: TrainConfig, device: torch.device) -> torch.dtype:
     """Return the type of the forward and backward passes: as asked, else fp16 on CUDA and fp32 elsewhere."""
-    name = config.optim.amp_dtype or ("fp16" if device.type == "cuda" else "fp32")
+    name = config.optim.amp_dtype
+    if name == "auto":
+        name = "fp16" if device.type == "cuda" else "fp32"
     return _DTYPES[name]
 
 
@@ -73,7 +75,12 @@ def build_clean_encoder(config: TrainConfig, model: TwoHead) -> CleanEncoder | N
     if config.method.clean_encoder == "momentum":
         return CleanEncoder(model, frozen=False)
     assert config.method.clean_encoder is not None, "the config was not resolved"
-    return load_frozen(model, Path(config.method.clean_encoder))
+    path = Path(config.method.clean_encoder)
+    if not path.exists():
+        raise UsageError(
+            f"--clean-encoder: expected `momentum`, a safetensors file or a run folder, got {path}: not there"
+        )
+    return load_frozen(model, path)
 
 
 def build_loader(config: TrainConfig, splits: Splits, device: torch.device, *, train: bool) -> Loader:

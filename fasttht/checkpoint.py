@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,10 @@ def listing(run: Path) -> list[Path]:
     return sorted((run / FOLDER).glob(f"{_PREFIX}*"))
 
 
-def newest(run: Path) -> Path | None:
+def newest(run: Path, on_damaged: Callable[[CheckpointError], None]) -> Path | None:
     """Return the run's newest checkpoint that is whole, or None if it has none at all.
+
+    on_damaged is told of every newer one that is not; it may raise, where an older one will not do.
 
     Raises: CheckpointError if there are checkpoints but every one is damaged.
     """
@@ -79,11 +82,17 @@ def newest(run: Path) -> Path | None:
             verify(folder)
         except CheckpointError as error:
             problems.append(str(error))
+            on_damaged(error)
         else:
             return folder
     if problems:
         raise CheckpointError(f"{problems[0]}; no older checkpoint is whole either: give another --output")
     return None
+
+
+def refuse(error: CheckpointError) -> None:
+    """Do not fall back to an older checkpoint: for whoever wants the newest or none."""
+    raise error
 
 
 def verify(folder: Path) -> None:
@@ -146,7 +155,7 @@ def read_encoder(path: Path) -> dict[str, Tensor]:
     Raises: CheckpointError if nothing can be read there.
     """
     if path.is_dir():
-        folder = newest(path)
+        folder = newest(path, refuse)
         if folder is None:
             raise CheckpointError(f"--clean-encoder: expected a run folder with a checkpoint, got {path}")
         own = folder / "clean_encoder.safetensors"

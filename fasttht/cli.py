@@ -15,7 +15,8 @@ from cyclopts.exceptions import CycloptsError
 
 import fasttht
 from fasttht import config_file
-from fasttht.config import Many, TrainConfig, resolve
+from fasttht.config import Many, Pixels, TrainConfig, resolve
+from fasttht.data_commands import data_app
 from fasttht.errors import FastthtError, UsageError
 
 app = App(
@@ -24,7 +25,6 @@ app = App(
     version=fasttht.__version__,
     result_action="return_value",
 )
-data_app = App(name="data", help="Write data sets as .beton files.")
 app.command(data_app)
 
 Config = Annotated[TrainConfig, Parameter(name="*")]
@@ -56,12 +56,16 @@ def train(*, preset: Preset = None, config_path: ConfigFile = None, config: Conf
     row = None
     if folder.exists():
         folder.check_same(chosen)
-        row = folder.final()
+        row = folder.final() if chosen.run.resume == "auto" else None
     if row is not None:
         log.say(f"{folder.path} is finished; this is its result (give another --output or --seed to train again)")
     else:
         trainer = Trainer(chosen)
         log.say(trainer.describe())
+        splits = (trainer.splits.train, trainer.splits.val)
+        unchecked = [str(split.path) for split in splits if not getattr(split, "has_manifest", True)]
+        if unchecked:
+            log.say(f"{' and '.join(unchecked)}: no manifest, so damaged images may go unseen; see fasttht data verify")
         row = trainer.fit()
     assert row is not None, "a run that was not stopped has a final row"
     assert chosen.attack.eps is not None, "the config was resolved"
@@ -77,6 +81,7 @@ def evaluate(
     *,
     eval_steps: Annotated[tuple[int, ...] | None, Many] = None,
     goal: Literal["run", "untargeted", "targeted", "both"] = "run",
+    eps: Pixels | None = None,
     eval_rule: Literal["ratio", "paper"] | None = None,
     eval_batch_size: int | None = None,
     output: Path | None = None,
@@ -94,12 +99,14 @@ def evaluate(
         PGD lengths. Default: the run's own.
     goal
         Attack goals. run: untargeted, and targeted too if the run trained against that.
+    eps
+        Radius of the linf ball. Default: the run's own.
     eval_rule
         Step size for K steps. ratio: 2.5 eps/K; paper: max(1/255, eps/K). Default: the run's own.
     eval_batch_size
         Images per batch. Default: the run's own.
     output
-        Also write the row as one JSON line to this file.
+        Also append the row as one JSON line to this file.
     device
         cpu, cuda or cuda:N; auto: cuda if there is one, else cpu.
     """
@@ -107,7 +114,7 @@ def evaluate(
 
     settings = {"eval_steps": eval_steps, "eval_rule": eval_rule, "eval_batch_size": eval_batch_size}
     changes = {name: value for name, value in settings.items() if value is not None}
-    evaluate_run(run, changes=changes, goal=goal, output=output, device=device)
+    evaluate_run(run, changes=changes, goal=goal, eps=eps, output=output, device=device)
     return 0
 
 
@@ -115,77 +122,6 @@ def evaluate(
 def show_config(*, preset: Preset = None, config_path: ConfigFile = None, config: Config | None = None) -> int:
     """Print the resolved configuration as TOML: what `train` with the same words would run."""
     sys.stdout.write(config_file.to_toml(resolve(config or TrainConfig())))
-    return 0
-
-
-@data_app.command(name="write")
-def data_write(
-    kind: Literal["imagenet", "folder", "digits"],
-    /,
-    *,
-    source: Path | None = None,
-    output: Path,
-    encode: Literal["passthrough", "jpeg", "raw"] = "passthrough",
-    max_resolution: int | None = None,
-    quality: int = 95,
-    seed: int = 0,
-    val_fraction: float = 0.1,
-    force: bool = False,
-) -> int:
-    """Write train.beton and val.beton, which stock FFCV reads too.
-
-    Parameters
-    ----------
-    kind
-        imagenet: train/ and val/ of wnid folders; folder: any class-per-folder tree; digits: the embedded ones.
-    source
-        Folder of the images; not used for digits.
-    output
-        Folder to write into.
-    encode
-        passthrough: keep JPEG bytes as they are where possible; jpeg: encode all anew; raw: pixels.
-    max_resolution
-        Shrink images whose longest side is larger, in pixels; 0 disables. Default: 500 for imagenet, else 0.
-    quality
-        JPEG quality of what is encoded anew, 1 to 100.
-    seed
-        Seed of the order in which images are laid down, and of the hold-out.
-    val_fraction
-        Share of each class held out where a folder has no val split.
-    force
-        Replace files that exist.
-    """
-    if (source is None) != (kind == "digits"):
-        got = "nothing" if source is None else str(source)
-        expected = "no --source for digits" if kind == "digits" else f"--source FOLDER for {kind}"
-        raise UsageError(f"--source: expected {expected}, got {got}")
-    if not 1 <= quality <= 100:
-        raise UsageError(f"--quality: expected 1 to 100, got {quality}")
-    if not 0 < val_fraction < 1:
-        raise UsageError(f"--val-fraction: expected a share between 0 and 1, got {val_fraction:g}")
-    if max_resolution is not None and max_resolution < 0:
-        raise UsageError(f"--max-resolution: expected a number of pixels, or 0, got {max_resolution}")
-    from fasttht import log
-    from fasttht.pipelines.writer import write_dataset
-
-    with log.WriteScreen() as screen:
-        reports = write_dataset(
-            kind, source, output, encode=encode, quality=quality, seed=seed, val_fraction=val_fraction, force=force,
-            max_resolution="default" if max_resolution is None else max_resolution or None, progress=screen.advance,
-        )  # fmt: skip
-    log.table(
-        str(output),
-        ("split", "images", "MB", "how"),
-        (
-            (
-                f"{split}.beton",
-                f"{report.num_samples:,}",
-                f"{report.num_bytes / 1e6:.1f}",
-                ", ".join(f"{count:,} {outcome}" for outcome, count in report.counts.items()),
-            )
-            for split, report in reports.items()
-        ),
-    )
     return 0
 
 
@@ -240,7 +176,11 @@ def run(tokens: list[str]) -> int:
         return error.exit_code
     except DataError as error:
         fail(str(error))
-        return 3
+        return error.exit_code
+    except OSError as error:
+        what = error.filename or "a file"
+        fail(f"{what}: expected to read or write it, got: {error.strerror}; check the path and the disk")
+        return 6
     except KeyboardInterrupt:
         fail("stopped; the same command again continues from the last checkpoint")
         return 130

@@ -128,7 +128,7 @@ class OptimConfig:
     batch_size: int | None = None
     "Images per optimizer step over all GPUs. Default: 4096, under --replay 2048."
     grad_accum_steps: int = 1
-    "Split each batch into this many parts to save memory; the bank and delta still see the whole batch."
+    "Split each batch into this many parts to save memory. The bank and delta see the whole batch, BN each part."
     lr: float | None = None
     "Peak learning rate. Default: 0.1 x batch/256."
     momentum: float = 0.9
@@ -147,12 +147,12 @@ class OptimConfig:
     "Factor of each drop."
     smoothing: float = 0.1
     "Label smoothing of the training loss, never of the attack; 0 disables."
-    amp_dtype: Literal["fp16", "bf16", "fp32"] | None = None
-    "Type of the forward and backward passes. Default: fp16 on CUDA, fp32 on CPU. Evaluation is always fp32."
+    amp_dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    "Type of the forward and backward passes; auto: fp16 on CUDA, fp32 on CPU. Evaluation is always fp32."
     model_ema: bool = False
     "Keep an exponential moving average of the weights, and evaluate that."
     model_ema_decay: float = 0.9998
-    "Decay of the moving average."
+    "Decay of the moving average; ramps up over the first updates."
     drop_last: bool = True
     "Leave the short last batch out of each pass."
 
@@ -235,7 +235,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise UsageError("--objective clean: expected no --replay, got --replay; clean training has no attack")
     if free and attack.targeted:
         raise UsageError("--replay: expected an untargeted attack, got --targeted; free training ascends on the label")
-    _check_ranges(config)
+    check_ranges(config)
 
     if attack.eps is None:
         attack.eps = 4 / 255 if free else 16 / 255
@@ -279,7 +279,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def _check_ranges(config: TrainConfig) -> None:
+def check_ranges(config: TrainConfig) -> None:
+    """Refuse numbers outside their ranges. Raises: UsageError naming the flag, the range and the value."""
     data, attack, method, optim = config.data, config.attack, config.method, config.optim
     at_least: list[tuple[str, float | None, float]] = [
         ("--img-size", data.img_size, 1), ("--workers", data.workers, 0), ("--width", config.model.width, 1),

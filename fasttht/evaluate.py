@@ -20,7 +20,8 @@ from fasttht import checkpoint, kernels, log
 from fasttht.attacks.pgd import Draw, attack, evaluating
 from fasttht.attacks.threat import Threat
 from fasttht.build import build_loader, build_model, open_device
-from fasttht.config import TrainConfig
+from fasttht.config import TrainConfig, check_ranges
+from fasttht.config_file import pixels_text
 from fasttht.errors import CheckpointError
 from fasttht.models.two_head import TwoHead
 from fasttht.pipelines.loader import Loader
@@ -101,11 +102,18 @@ def evaluate(
 
 
 def evaluate_run(
-    path: Path, *, changes: dict[str, Any], goal: str, output: Path | None = None, device: str = "auto"
+    path: Path,
+    *,
+    changes: dict[str, Any],
+    goal: str,
+    eps: float | None = None,
+    output: Path | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Evaluate a run folder's newest checkpoint, print the table, and return the row.
 
-    changes are options of the evaluation section that differ from the run's. The moving average of the weights is
+    changes are options of the evaluation section that differ from the run's, eps another radius; output gets the row
+    as one more JSON line. The moving average of the weights is
     what is evaluated, if the run keeps one. Nothing in the run folder is changed.
 
     Raises: CheckpointError if there is no whole checkpoint; DataError if the run's data are gone.
@@ -114,7 +122,12 @@ def evaluate_run(
     config = folder.config()
     config.evaluation = dataclasses.replace(config.evaluation, **changes)
     config.run = dataclasses.replace(config.run, device=device)
-    found = checkpoint.newest(path)
+    if eps is not None:
+        config.attack.eps = eps
+    check_ranges(config)
+    if output is not None:
+        output.open("a").close()  # now, not after hours of attacks
+    found = checkpoint.newest(path, checkpoint.refuse)
     if found is None:
         raise CheckpointError(f"{path}: expected a run with a checkpoint, got none yet")
     meta = checkpoint.read_meta(found)
@@ -138,10 +151,17 @@ def evaluate_run(
             num_classes=splits.num_classes,
             on_batch=screen.advance,
         )
-    row = {"checkpoint": found.name, **record(scores)}
-    log.scores(f"{path} at {found.name}: {row['images']} held-out images", row)
+    assert config.attack.eps is not None, "the config was not resolved"
+    row = {
+        "run": str(path), "checkpoint": found.name, "weights": name, "seed": config.run.seed,
+        "eps": config.attack.eps, "eval_rule": config.evaluation.eval_rule, **record(scores),
+    }  # fmt: skip
+    average = ", moving average of the weights" if name == "ema" else ""
+    eps_text = pixels_text(config.attack.eps)
+    log.scores(f"{path} at {found.name}{average}: {row['images']} held-out images, linf eps {eps_text}", row)
     if output is not None:
-        output.write_text(json.dumps(row) + "\n")
+        with output.open("a") as file:
+            file.write(json.dumps(row) + "\n")
     return row
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
@@ -43,12 +45,11 @@ class Screen:
                 MofNCompleteColumn(),
                 TextColumn(self.unit),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
                 console=console,
                 transient=True,
             )
             self._progress.start()
-            self._task = self._progress.add_task(self.title, total=self.total, completed=self.done, figures="")
+            self._task = self._progress.add_task(self.title, total=self.total, completed=self.done)
         return self
 
     def __exit__(
@@ -64,12 +65,9 @@ class Screen:
             self._progress.update(self._task, completed=done)
 
     def figures(self, values: dict[str, str]) -> None:
-        """Show the newest figures beside the bar, or print them as a line in a pipe."""
+        """Print the newest figures as a line, above the bar where there is one."""
         text = "  ".join(f"{name} {value}" for name, value in values.items())
-        if self._progress is not None:
-            self._progress.update(self._task, completed=self.done, figures=text)
-        else:
-            say(f"{self.title} {self.done}/{self.total} {self.unit}  {text}")
+        say(f"{self.title} {self.done}/{self.total} {self.unit}  {text}")
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -102,10 +100,16 @@ def scores(title: str, row: dict[str, Any]) -> None:
 
 
 class WriteScreen:
-    """Progress of a data set being written: one bar per split."""
+    """Progress of a data set being written or verified: one bar per file, or a line every few seconds in a pipe.
 
-    def __init__(self) -> None:
+    `clock` counts seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._screen: Screen | None = None
+        self._start = self._shown = 0.0
+        self._skip = self._skip_bytes = 0
 
     def __enter__(self) -> WriteScreen:
         return self
@@ -114,9 +118,36 @@ class WriteScreen:
         if self._screen is not None:
             self._screen.__exit__(None, None, None)
 
-    def advance(self, split: str, done: int, total: int) -> None:
-        """Move the bar of `split`; the first call of a split opens it."""
-        if self._screen is None or self._screen.title != split:
+    def advance(
+        self,
+        title: str,
+        done: int,
+        total: int,
+        num_bytes: int,
+        *,
+        resumed: int = 0,
+        counts: Mapping[str, int] | None = None,
+    ) -> None:
+        """Move the bar of the file `title` to `done` images and `num_bytes`; the first call of a file opens it.
+
+        `resumed` images were there before this run, and are not part of its speed.
+        """
+        now = self._clock()
+        if self._screen is None or self._screen.title != title:
             self.__exit__()
-            self._screen = Screen(split, total, "images").__enter__()
+            self._screen = Screen(title, total, "images", done=resumed).__enter__()
+            self._start = self._shown = now
+            self._skip, self._skip_bytes = done, num_bytes
+            if resumed:
+                say(f"{title}: {resumed:,} of {total:,} images were there")
         self._screen.advance(done)
+        if now - self._shown < (0.5 if console.is_terminal else 5.0):
+            return
+        self._shown = now
+        speed = (done - self._skip) / (now - self._start)
+        figures = {
+            "img/s": f"{speed:,.0f}",
+            "MB/s": f"{(num_bytes - self._skip_bytes) / (now - self._start) / 1e6:.1f}",
+            "ETA": f"{timedelta(seconds=round((total - done) / speed))}" if speed else "unknown",
+        }
+        self._screen.figures(figures | {name: f"{count:,}" for name, count in (counts or {}).items()})

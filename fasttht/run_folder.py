@@ -7,9 +7,12 @@ byte: wall-clock figures go to timing.jsonl. On resume both are cut back to what
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ import torch
 import fasttht
 from fasttht.config import TrainConfig
 from fasttht.config_file import from_flat, identity, read_config_file, to_toml
-from fasttht.errors import CheckpointError
+from fasttht.errors import CheckpointError, UsageError
 
 METRICS, TIMING, CONFIG = "metrics.jsonl", "timing.jsonl", "config.toml"
 
@@ -59,6 +62,41 @@ class RunFolder:
                 f"{self.path}: expected the options of the run that is there, got others: {', '.join(differ)}; "
                 "give another --output, or the run's own options"
             )
+
+    def check_free(self) -> None:
+        """Refuse a folder that is no run of ours but holds files that a run would write.
+
+        Raises: UsageError naming the first of them.
+        """
+        for name in (METRICS, TIMING, "summary.csv", "env.json", "checkpoints"):
+            if (self.path / name).exists():
+                raise UsageError(
+                    f"--output: expected a new folder or a run's, got {self.path} with a {name} but no run"
+                )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; the lock goes with the process, however that ends.
+
+        Raises: UsageError if another process holds it.
+        """
+        created = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UsageError(f"--output: expected a folder that no other process trains in, got {self.path}") from None
+        try:
+            yield
+        finally:
+            if created and not self.exists():  # nothing was trained: leave no trace
+                (self.path / ".lock").unlink(missing_ok=True)
+                with suppress(OSError):  # not empty: somebody else's by now
+                    for path in created:
+                        path.rmdir()
+            os.close(handle)
 
     def create(self, config: TrainConfig, device: torch.device) -> None:
         """Write config.toml and env.json and empty the row files: a run without a checkpoint starts again."""

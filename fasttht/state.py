@@ -161,7 +161,10 @@ class TrainState:
             rate = (1 - config.method.encoder_momentum) * taken
             self.clean_encoder.follow_(self.model, rate)
         if self.ema is not None:
-            _follow_all_(self.ema, self.model, (1 - config.optim.model_ema_decay) * taken)
+            # The decay ramps up, else a short run's average would still be mostly its initial weights.
+            count = self.updates.double()
+            decay = ((1 + count) / (10 + count)).clamp(max=config.optim.model_ema_decay)
+            _follow_all_(self.ema, self.model, (1 - decay) * taken)
         self.meter.add(grad_norm=torch.where(skipped > 0, 0.0, norm), skipped=skipped, steps=1)
         return skipped
 

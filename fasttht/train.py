@@ -18,7 +18,7 @@ from fasttht.attacks.pgd import Draw
 from fasttht.build import build_loader, build_state, open_device
 from fasttht.config import TrainConfig, passes
 from fasttht.config_file import digest, identity, pixels_text
-from fasttht.errors import CheckpointError, NonFiniteError, UsageError
+from fasttht.errors import CheckpointError, Interrupted, NonFiniteError, UsageError
 from fasttht.evaluate import evaluate, record, threats
 from fasttht.metrics import Clock, figures, means
 from fasttht.models.two_head import CosineClassifier
@@ -26,6 +26,7 @@ from fasttht.objectives import OBJECTIVES
 from fasttht.pipelines.loader import Batch
 from fasttht.pipelines.splits import open_splits
 from fasttht.run_folder import METRICS, TIMING, RunFolder
+from fasttht.signals import stop_signals
 from fasttht.steps import free_step, standard_step
 
 META_VERSION = 1
@@ -100,10 +101,15 @@ class Trainer:
 
         Returns the final evaluation's row, or None if it was stopped before the end.
 
-        Raises: NonFiniteError; the last checkpoint is kept.
+        Raises: NonFiniteError, with the last checkpoint kept; Interrupted after SIGINT or SIGTERM, with one of the
+        step that it finished; UsageError if another process trains in the same folder.
         """
         begun = self.resumed
-        with log.Screen("train", self.total_steps, "steps", done=self.state.step) as screen:
+        with (
+            self.folder.locked(),
+            stop_signals() as stop,
+            log.Screen("train", self.total_steps, "steps", done=self.state.step) as screen,
+        ):
             self.clock.restart()
             while self.loader.epoch < self.num_passes:
                 for batch in self.loader:
@@ -118,9 +124,11 @@ class Trainer:
                     if at_end:
                         self._maybe_evaluate()
                     interval = self.config.run.checkpoint_interval
-                    stops = self.state.step == stop_at
+                    stops = self.state.step == stop_at or stop.signal is not None
                     if at_end or stops or (interval and self.state.step % interval == 0):
                         self.save()
+                    if stop.signal is not None:
+                        raise Interrupted(stop.signal, f"step {self.state.step} of {self.total_steps}")
                     if stops:
                         return None
         return self._finish()
@@ -146,10 +154,12 @@ class Trainer:
             row["logit_scale"] = float(state.model.classifier.scale.detach())
         overflowed = sums["skipped"] > 0 and state.amp_dtype != torch.float16
         if not math.isfinite(row["loss"]) or overflowed:
+            kept = checkpoint.listing(self.folder.path)
             raise NonFiniteError(
                 f"step {state.step}: expected a finite loss and gradient, got loss {row['loss']:g} and "
-                f"{row['skipped_steps']} steps with a non-finite gradient; the last checkpoint is kept in "
-                f"{self.folder.path}: lower --lr, or try --amp-dtype fp32"
+                f"{row['skipped_steps']} steps with a non-finite gradient; "
+                + (f"{kept[-1]} is kept; " if kept else "no checkpoint was written yet; ")
+                + ("lower --lr" if state.amp_dtype == torch.float32 else "lower --lr, or try --amp-dtype fp32")
             )
         timing = self.clock.row(sums["images"])
         self.folder.append(METRICS, row)
@@ -217,9 +227,10 @@ class Trainer:
 
     def _find_checkpoint(self) -> Path | None:
         if not self.folder.exists():
+            self.folder.check_free()
             return None
         self.folder.check_same(self.config)
-        found = checkpoint.newest(self.folder.path)
+        found = checkpoint.newest(self.folder.path, lambda error: log.say(f"damaged, trying an older one: {error}"))
         if found is not None and self.config.run.resume == "never":
             raise CheckpointError(
                 f"{self.folder.path}: expected a folder without a run (--resume never), got one with {found.name}; "

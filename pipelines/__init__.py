@@ -6,3 +6,11 @@ if __name__ != "fasttht.pipelines":
 
 class DataError(Exception):
     """The data on disk is missing, damaged or not what was asked for. The command line exits with 3."""
+
+    exit_code = 3
+
+
+class ResourceError(DataError):
+    """The disk has no room for what was asked for. The command line exits with 6."""
+
+    exit_code = 6

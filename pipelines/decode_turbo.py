@@ -27,9 +27,10 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 # The loader already runs one thread per worker; OpenCV's own pool would oversubscribe the cores.
 cv2.setNumThreads(1)
 
-# Palette transparency and broken EXIF blocks are of no interest here. Set once: catch_warnings() in the decoding
-# threads would race over the process's filters.
+# Palette transparency and broken EXIF blocks are of no interest here; an image of more pixels than Pillow trusts is a
+# bad one. Set once: catch_warnings() in the decoding threads would race over the process's filters.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 def image_size(data: Pixels) -> tuple[int, int]:
@@ -93,7 +94,7 @@ def _pillow(data: Pixels) -> Iterator[Image.Image]:
             yield image
     except UnidentifiedImageError:
         raise DataError(f"expected {wanted}, got bytes of no known format") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"expected {wanted}, got {error}") from None
 
 

@@ -160,7 +160,7 @@ def test_rotation_keeps_the_newest(tmp_path: Path, keep: int) -> None:
         folder = checkpoint.save(tmp_path, step, files_of(step), META, keep=keep)
         expected = [tmp_path / "checkpoints" / f"step-{kept:08d}" for kept in steps[max(number - keep, 0) : number]]
         assert checkpoint.listing(tmp_path) == expected
-        assert checkpoint.newest(tmp_path) == folder == expected[-1]
+        assert checkpoint.newest(tmp_path, [].append) == folder == expected[-1]
     assert sorted((tmp_path / "checkpoints").iterdir()) == expected
 
 
@@ -175,7 +175,7 @@ def test_a_step_that_is_reached_again_replaces_its_checkpoint(tmp_path: Path) ->
 
 def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
     assert checkpoint.listing(tmp_path) == []
-    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest(tmp_path, [].append) is None
 
 
 PARTS = ["model.safetensors", "training.safetensors", "state.json", "MANIFEST.json"]
@@ -207,13 +207,13 @@ def test_damage_is_found_and_the_older_checkpoint_is_taken(tmp_path: Path, part:
     DAMAGES[damage](newer / part)
     with pytest.raises(CheckpointError, match=str(newer)):
         checkpoint.verify(newer)
-    assert checkpoint.newest(tmp_path) == older
+    assert checkpoint.newest(tmp_path, [].append) == older
     live = zeros_like(files_of())
     checkpoint.restore(older, live)
     assert_same(live, files_of(1))
     DAMAGES[damage](older / part)
     with pytest.raises(CheckpointError, match=rf"{newer}.*no older checkpoint is whole"):
-        checkpoint.newest(tmp_path)
+        checkpoint.newest(tmp_path, [].append)
 
 
 def test_no_flipped_bit_of_the_small_files_passes(tmp_path: Path) -> None:
@@ -299,10 +299,10 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_and_can_be_repeated(
         patch.setattr(checkpoint, call, failing)
         with pytest.raises(DiskFullError):
             checkpoint.save(tmp_path, 2, files_of(2), META, keep=1)
-    assert checkpoint.newest(tmp_path) == older
+    assert checkpoint.newest(tmp_path, [].append) == older
     assert checkpoint.listing(tmp_path) == [older]
     newer = checkpoint.save(tmp_path, 2, files_of(2), META, keep=1)
-    assert checkpoint.newest(tmp_path) == newer
+    assert checkpoint.newest(tmp_path, [].append) == newer
     assert sorted((tmp_path / "checkpoints").iterdir()) == [newer]
 
 
@@ -325,7 +325,7 @@ def test_a_save_of_the_same_step_that_fails_leaves_a_whole_checkpoint(
         patch.setattr(Path, "rename", failing)
         with pytest.raises(DiskFullError):
             checkpoint.save(tmp_path, 1 if number else 2, files_of(2), META, keep=1)
-    assert checkpoint.newest(tmp_path) == old
+    assert checkpoint.newest(tmp_path, [].append) == old
     assert checkpoint.listing(tmp_path) == [old]
     live = zeros_like(files_of())
     checkpoint.restore(old, live)
@@ -338,5 +338,5 @@ def test_rotation_keeps_what_was_just_saved_and_removes_what_lies_behind_it(tmp_
     damaged = checkpoint.save(tmp_path, 5, files_of(5), META, keep=2)
     (damaged / "state.json").unlink()
     saved = checkpoint.save(tmp_path, 3, files_of(3), META, keep=1)
-    assert checkpoint.newest(tmp_path) == saved
+    assert checkpoint.newest(tmp_path, [].append) == saved
     assert checkpoint.listing(tmp_path) == [saved]

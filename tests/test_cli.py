@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import simplejpeg
 
-from fasttht import cli
+from fasttht import cli, log
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -90,6 +92,11 @@ def refused(run: Run, code: int, *fragments: str, words: tuple[str | Path, ...])
         (("data", "write", "folder", "--output", "o"), ("--source",)),
         (("data", "write", "digits", "--output", "o", "--quality", "0"), ("--quality",)),
         (("data", "write", "digits"), ("--output",)),
+        (("data", "write", "digits", "--output", "o", "--workers", "-1"), ("--workers", "-1")),
+        (("data", "write", "digits", "--output", "o", "--max-errors", "-1"), ("--max-errors", "-1")),
+        (("data", "write", "digits", "--output", "o", "--on-error", "ignore"), ("--on-error", "ignore")),
+        (("data", "verify"), ("PATH",)),
+        (("data", "verify", "x", "--workers", "-2"), ("--workers", "-2")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) and value and value[0] in ("train", "data") else "",
 )
@@ -150,6 +157,20 @@ def test_a_checkpoint_of_another_architecture_exits_with_4(run: Run) -> None:
     words = ("train", *options, "--output", "other", "--clean-encoder", "text.safetensors")
     refused(run, 4, "text.safetensors", words=words)
     refused(run, 4, "missing", words=("eval", "missing"))
+    refused(run, 4, "--resume never", words=("train", *options, "--output", "run", "--resume", "never"))
+    refused(run, 6, "nowhere", words=("eval", "run", "--output", "nowhere/row.json"))
+    refused(run, 2, "--eval-steps", words=("eval", "run", "--eval-steps", "-1"))
+    refused(run, 2, "--clean-encoder", "momentum", words=("train", "--clean-encoder", "momentun"))
+    damaged = next(Path("run/checkpoints").iterdir()) / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes() + b"x")
+    refused(run, 4, "model.safetensors", "sha256", words=("eval", "run"))
+
+
+def test_an_output_that_cannot_be_a_folder_exits_with_6(run: Run) -> None:
+    Path("file").write_text("")
+    for output in ("file", "file/below"):
+        words = ("train", "--epochs", "1", "--width", "4", "--output", output)
+        refused(run, 6, "file", words=words)
 
 
 def test_write_train_resume_and_evaluate_a_folder_of_images(run: Run) -> None:
@@ -219,6 +240,99 @@ def test_a_flag_beats_the_file_and_the_file_beats_the_preset(run: Run) -> None:
 
 def test_bank_of_size_zero_is_plain_adversarial_training(run: Run) -> None:
     assert 'objective = "at"' in run("config", "--bank-size", "0")[1]
+
+
+def test_bad_images_are_skipped_and_listed_on_request(run: Run) -> None:
+    make_tree(Path("tree"), images=20)
+    truncate(Path("tree/class1/3.jpg"))
+    words = ("data", "write", "folder", "--source", "tree", "--output", "out", "--workers", "2")
+    refused(run, 3, "3.jpg", words=words)
+    code, out, err = run(*words, "--on-error", "skip", "--max-errors", "1")
+    assert code == 0, err
+    assert "skipped class1/3.jpg: expected a whole JPEG" in out
+    code, out, _ = run("data", "info", "out")
+    assert code == 0
+    for fragment in ("images", "stored as", "12 x 12", "8 MiB", "yes, with checksums", "quality 95", "passthrough"):
+        assert fragment in out
+
+
+def test_a_dry_run_counts_and_writes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tree(Path("tree"), classes=3, images=10)
+    words = ("data", "write", "folder", "--source", "tree", "--output", "out")
+    code, out, err = run(*words, "--dry-run")
+    assert code == 0, err
+    assert not Path("out").exists()
+    for fragment in ("nothing is written", "27", "class2", "GB are needed"):
+        assert fragment in out
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    for more in ((), ("--dry-run",)):
+        refused(run, 6, "out: expected 0.03 GB of free space, got 0.00 GB", words=(*words, *more))
+
+
+def test_an_interrupted_write_says_how_to_go_on_and_does(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: log.WriteScreen, split: str, done: int, *_: Any, **__: Any) -> None:
+        if (split, done) == ("train", 1000):
+            raise KeyboardInterrupt
+
+    words = ("data", "write", "digits", "--output", "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(log.WriteScreen, "advance", interrupt)
+        code, _, err = run(*words)
+        assert (code, err.count("--resume")) == (130, 1)
+    refused(run, 3, "expected no unfinished write", "resume", words=words)
+    refused(run, 3, "quality 95", "quality 90", words=(*words, "--resume", "--quality", "90"))
+    code, out, err = run(*words, "--resume")
+    assert code == 0, err
+    assert "train: 512 of 1,437 images were there" in out
+    assert run("data", "verify", "out")[0] == 0
+
+
+def test_verify_lists_problems_and_exits_with_3(run: Run) -> None:
+    assert run("data", "write", "digits", "--output", "out")[0] == 0
+    code, out, err = run("data", "verify", "out")
+    assert code == 0, err
+    assert "all compared" in out
+    path = Path("out/val.beton")
+    content = bytearray(path.read_bytes())
+    start = 8 << 20  # the first page
+    content[start : start + 30 * 192] = bytes(30 * 192)
+    path.write_bytes(content)
+    code, out, err = run("data", "verify", "out")
+    assert code == 3
+    assert err == "fasttht: out: expected whole files, got 30 problems; write the data again\n"
+    assert out.count(": expected bytes with checksum") == 20
+    assert "and 10 more in val.beton" in out
+    Path("out/val.beton.json").unlink()
+    assert run("data", "verify", "out/val.beton")[0] == 0  # raw pixels: without checksums nobody can tell
+    refused(run, 3, "expected train.beton and val.beton", words=("data", "info", "."))
+
+
+def test_training_without_a_manifest_says_so_in_one_line(run: Run) -> None:
+    assert run("data", "write", "digits", "--output", "out")[0] == 0
+    options = ("--width", "4", "--epochs", "1", "--batch-size", "1000", "--steps", "0", "--eval-steps", "0")
+    words = ("train", "--data", "out", *options, "--objective", "at", "--arch", "resnet18", "--stem", "small")
+    words = (*words, "--img-size", "8")
+    code, out, err = run(*words, "--output", "a")
+    assert code == 0, err
+    assert "no manifest" not in out
+    for split in ("train", "val"):
+        (Path("out") / f"{split}.beton.json").unlink()
+    code, out, err = run(*words, "--output", "b")
+    assert code == 0, err
+    assert out.count("no manifest") == 1
+
+
+def test_a_piped_write_prints_speed_and_what_is_left_every_few_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = iter([0.0, 1.0, 5.0, 6.0, 12.0])
+    with log.WriteScreen(clock=lambda: next(seconds)) as screen:
+        screen.advance("train", 101, 1000, 5_000_000, resumed=100)
+        for done in (201, 601, 701, 1000):
+            screen.advance("train", done, 1000, done * 1_000_000, counts={"raw": done})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "train: 100 of 1,000 images were there"
+    assert lines[1] == "train 601/1000 images  img/s 100  MB/s 119.2  ETA 0:00:04  raw 601"
+    assert lines[2].startswith("train 1000/1000 images  img/s 75  ")
+    assert len(lines) == 3
 
 
 def test_write_ffcv_tool_is_the_data_write_command(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from fasttht import checkpoint
 from fasttht.config import TrainConfig, resolve
 from fasttht.config_file import from_flat, read_preset
-from fasttht.errors import CheckpointError
+from fasttht.errors import CheckpointError, Interrupted, UsageError
 from fasttht.pipelines import DataError
 from fasttht.train import Trainer
 
@@ -51,7 +51,7 @@ def contents(run: Path) -> dict[str, bytes]:
 
     state.json is left out: it names positions in timing.jsonl, which holds wall-clock figures.
     """
-    newest = checkpoint.newest(run)
+    newest = checkpoint.newest(run, checkpoint.refuse)
     assert newest is not None
     files = [*sorted(newest.glob("*.safetensors")), run / "metrics.jsonl", run / "summary.csv"]
     return {path.name: path.read_bytes() for path in files}
@@ -172,7 +172,9 @@ def test_other_data_under_the_same_path_are_refused(tmp_path: Path) -> None:
         Trainer(config)
 
 
-def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = config_of(tmp_path / "run", **MODES["at"], checkpoint_interval=1)
     row = Trainer(config).fit()
     whole = contents(tmp_path / "run")
@@ -183,6 +185,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path) 
         "".join(line + "\n" for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[:-1])
     )
     second = Trainer(config)
+    assert "damaged, trying an older one" in capsys.readouterr().out
     assert second.state.step == STEPS - 1
     assert second.fit() == row
     assert contents(tmp_path / "run")["metrics.jsonl"] == whole["metrics.jsonl"]
@@ -211,7 +214,59 @@ def test_killed_process_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     assert rows == (whole / "metrics.jsonl").read_bytes()
     assert json.loads(rows.splitlines()[-1])["kind"] == "final"
     for name in ("model", "training", "clean_encoder"):
-        ours, theirs = ((checkpoint.newest(run) or run) / f"{name}.safetensors" for run in (killed, whole))
+        ours, theirs = (
+            (checkpoint.newest(run, checkpoint.refuse) or run) / f"{name}.safetensors" for run in (killed, whole)
+        )
         assert ours.read_bytes() == theirs.read_bytes(), name
     again = subprocess.run([*command, "--output", str(killed)], check=True, capture_output=True, cwd=tmp_path)
     assert b"is finished" in again.stdout
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
+    number: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path / "run", **MODES["at"])
+    trainer = Trainer(config)
+    step = trainer._step
+
+    def interrupted(batch: Any) -> None:
+        step(batch)
+        if trainer.state.step == 2:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(trainer, "_step", interrupted)
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Interrupted, match="step 2 of 6, saved") as caught:
+        trainer.fit()
+    assert caught.value.exit_code == code
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    row = Trainer(config).fit()
+    assert row == Trainer(config_of(tmp_path / "whole", **MODES["at"])).fit()
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", **MODES["at"])
+    first, second = Trainer(config), Trainer(config)
+    with first.folder.locked(), pytest.raises(UsageError, match="no other process"):
+        second.fit()
+    assert second.fit() is not None
+
+
+def test_a_folder_with_files_that_a_run_would_overwrite_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    with pytest.raises(UsageError, match=r"metrics\.jsonl"):
+        Trainer(config_of(tmp_path, **MODES["at"]))
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+
+
+def test_the_average_of_a_short_run_has_left_the_initial_weights(tmp_path: Path) -> None:
+    """With a constant decay of 0.9998 it would still be them after six updates."""
+    config = config_of(tmp_path / "run", **MODES["at"], model_ema_decay=0.9998)
+    trainer = Trainer(config)
+    initial = trainer.state.model.trunk.conv1.weight.detach().clone()
+    trainer.fit(stop_at=5)
+    assert trainer.state.ema is not None
+    weight, average = trainer.state.model.trunk.conv1.weight, trainer.state.ema.trunk.conv1.weight
+    assert (average - initial).norm() > 0.3 * (weight - initial).norm()

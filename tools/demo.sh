@@ -16,4 +16,5 @@ install() {
 make_venv
 once demo install
 say "fasttht train --replay 4${*:+ $*}"
-exec "$VENV/bin/fasttht" train --replay 4 "$@"
+"$VENV/bin/fasttht" train --replay 4 "$@"
+say "next: . $VENV/bin/activate, then fasttht --help"

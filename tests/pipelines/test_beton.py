@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasttht.pipelines import DataError
-from fasttht.pipelines.beton import MIN_PAGE_SIZE, BetonFile, write_beton
+from fasttht.pipelines.beton import MIN_PAGE_SIZE, BetonFile
+from fasttht.pipelines.beton_write import write_beton
 from fasttht.pipelines.datasets import Sample
 from fasttht.pipelines.decode_turbo import decode_rgb
 from fasttht.pipelines.manifest import Manifest, manifest_path, read_manifest, write_manifest
@@ -255,6 +256,7 @@ DAMAGES: list[tuple[str, Callable[[bytes], bytes]]] = [
     ("image behind the end", moved(2**63)),
     ("image across the end of the pages", lambda content: moved(len(content) - 100)(content)),
     ("negative label", bytes_at(METADATA + 16, struct.pack("<q", -1))),
+    ("label 2**50", bytes_at(METADATA + 16, struct.pack("<q", 2**50))),
     ("allocation in the metadata", bytes_at(-16, struct.pack("<Q", 2000))),
     ("allocation behind the end", bytes_at(-16, struct.pack("<Q", 2**63))),
     ("allocation longer than the file", bytes_at(-8, struct.pack("<Q", 2**40))),
@@ -345,7 +347,7 @@ def test_a_manifest_with_too_few_classes_is_refused(good: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", '{"version": 2}', '{"version": 1, "num_samples": "3"}', "\udcff"],
+    ["", "{", "[]", "{}", '{"version": 2}', '{"version": 3}', '{"version": 1, "num_samples": "3"}', "\udcff"],
 )
 def test_a_damaged_manifest_is_refused_by_name(text: str, good: Path) -> None:
     manifest_path(good).write_bytes(text.encode(errors="surrogateescape"))

@@ -1,9 +1,9 @@
 """The writer: what passes through, what is encoded anew, the order, and that failures leave nothing behind."""
 
+import fcntl
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -19,8 +19,10 @@ from fasttht.pipelines import DataError
 from fasttht.pipelines.beton import BetonFile
 from fasttht.pipelines.datasets import ImageTree, Sample, digits
 from fasttht.pipelines.decode_turbo import decode_rgb
+from fasttht.pipelines.encode import Encoding, encode_sample
 from fasttht.pipelines.manifest import read_manifest
-from fasttht.pipelines.writer import Encoding, encode_sample, write_dataset, write_split
+from fasttht.pipelines.split_writer import Tally, write_split
+from fasttht.pipelines.writer import write_dataset
 
 
 def picture(height: int, width: int, shift: int = 0) -> Image.Image:
@@ -166,7 +168,7 @@ def test_a_jpeg_of_unnamed_chroma_sampling_does_not_pass_through(monkeypatch: py
     frame = data.index(b"\xff\xc0")
     data[frame + 11], data[frame + 14] = 0x22, 0x21
     # The pixels do not matter here, and this decoder may not read them.
-    monkeypatch.setattr("fasttht.pipelines.writer.decode_rgb", lambda _: np.zeros((32, 32, 3), np.uint8))
+    monkeypatch.setattr("fasttht.pipelines.encode.decode_rgb", lambda _: np.zeros((32, 32, 3), np.uint8))
     assert encode_sample(file_sample(bytes(data)), Encoding())[1] == "reencoded"
 
 
@@ -237,7 +239,7 @@ def test_the_manifest_says_how_and_from_what_the_file_was_made(tree: Path, tmp_p
 
 def test_progress_counts_every_image(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
-    write_split(digits("val"), tmp_path / "x.beton", progress=lambda done, total: calls.append((done, total)))
+    write_split(digits("val"), tmp_path / "x.beton", progress=lambda tally: calls.append((tally.done, tally.total)))
     assert calls == [(done, 360) for done in range(1, 361)]
 
 
@@ -267,7 +269,7 @@ def test_a_file_whose_manifest_cannot_be_written_is_not_left(tmp_path: Path, mon
     def full_disk(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("fasttht.pipelines.writer.write_manifest", full_disk)
+    monkeypatch.setattr("fasttht.pipelines.split_writer.write_manifest", full_disk)
     with pytest.raises(OSError, match="no space left"):
         write_split(digits("val"), tmp_path / "x.beton")
     assert list(tmp_path.iterdir()) == []
@@ -284,7 +286,7 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
 def test_the_digits_become_two_files_with_exact_pixels(tmp_path: Path) -> None:
     calls: Counter[tuple[str, int]] = Counter()
     reports = write_dataset(
-        "digits", None, tmp_path / "new" / "out", progress=lambda split, _, total: calls.update([(split, total)])
+        "digits", None, tmp_path / "new" / "out", progress=lambda split, tally: calls.update([(split, tally.total)])
     )
     assert calls == {("train", 1437): 1437, ("val", 360): 360}
     assert {split: report.counts for split, report in reports.items()} == {"train": {"raw": 1437}, "val": {"raw": 360}}
@@ -327,7 +329,7 @@ def test_a_folder_without_splits_gives_both_files(tree: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("made_before", [True, False])
-def test_a_failure_in_the_second_split_leaves_no_first_one(made_before: bool, tmp_path: Path) -> None:
+def test_a_failure_in_the_second_split_shows_no_first_one(made_before: bool, tmp_path: Path) -> None:
     source, output = make_imagenet(tmp_path / "imagenet"), tmp_path / "out"
     bad = source / "val" / "n01443537" / "n01443537_0.JPEG"
     bad.write_bytes(bad.read_bytes()[:-500])
@@ -335,17 +337,25 @@ def test_a_failure_in_the_second_split_leaves_no_first_one(made_before: bool, tm
         output.mkdir()
     with pytest.raises(DataError, match="n01443537_0"):
         write_dataset("imagenet", source, output)
-    assert output.exists() == made_before
-    assert not made_before or list(output.iterdir()) == []
+    assert list(output.glob("*.beton*")) == []
+    with pytest.raises(DataError, match="expected no unfinished write, got one; resume it, or start anew by force"):
+        write_dataset("imagenet", source, output)
+    reports = write_dataset("imagenet", source, output, resume=True, on_error="skip")
+    assert (reports["train"].num_samples, reports["val"].num_samples) == (6, 1)
+    assert len(list(output.iterdir())) == 4
 
 
-def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
-    def interrupt(split: str, done: int, _: int) -> None:
-        if (split, done) == ("val", 100):
+def interrupted(at_split: str, at: int) -> Any:
+    def interrupt(split: str, tally: Tally) -> None:
+        if (split, tally.done) == (at_split, at):
             raise KeyboardInterrupt
 
+    return interrupt
+
+
+def test_a_write_interrupted_before_the_first_commit_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        write_dataset("digits", None, tmp_path / "out", progress=interrupt)
+        write_dataset("digits", None, tmp_path / "out", progress=interrupted("train", 511))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -363,16 +373,16 @@ def test_an_existing_data_set_is_kept_unless_forced(tmp_path: Path) -> None:
 
 
 def test_what_killed_runs_left_is_cleared_away_but_not_what_others_are_writing(tmp_path: Path) -> None:
-    killed = subprocess.Popen([sys.executable, "-c", ""])
-    killed.wait()
-    mark = f".fasttht-partial-{socket.gethostname()}-"
-    for pid in (killed.pid, os.getpid(), os.getppid()):
-        (tmp_path / f"{mark}{pid}").mkdir()
-        (tmp_path / f"{mark}{pid}" / "train.beton.partial").write_bytes(b"half")
-    (tmp_path / ".fasttht-partial-elsewhere-1").mkdir()
+    for name in ("killed", "held"):
+        (tmp_path / f".fasttht-partial-{name}-1").mkdir()
+        (tmp_path / f".fasttht-partial-{name}-1" / "train.beton.partial").write_bytes(b"half")
+    held = os.open(tmp_path / ".fasttht-partial-held-1" / "lock", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(held, fcntl.LOCK_EX)
     write_dataset("digits", None, tmp_path)
-    hidden = {file.name for file in tmp_path.iterdir() if file.name.startswith(".")}
-    assert hidden == {f"{mark}{os.getppid()}", ".fasttht-partial-elsewhere-1"}
+    assert [file.name for file in tmp_path.glob(".*")] == [".fasttht-partial-held-1"]
+    with pytest.raises(DataError, match="got one that another process is at"):
+        write_dataset("digits", None, tmp_path, resume=True, seed=1, force=True)
+    os.close(held)
 
 
 def test_processes_that_start_together_may_write_the_same_data_set(tmp_path: Path) -> None:
