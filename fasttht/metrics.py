@@ -61,7 +61,7 @@ def figures(row: dict[str, Any], timing: dict[str, float]) -> dict[str, str]:
         shown["cl"] = f"{row['loss_cl']:.3f}"
     name = "adv" if "adv_top1" in row else "clean"
     shown[f"{name} top-1"] = f"{row[f'{name}_top1']:.1f}%"
-    return shown | {"img/s": f"{timing['img_per_s']:.0f}", "data wait": f"{timing['data_wait_pct']:.0f}%"}
+    return shown | {"img/s": f"{timing['img_per_s']:.0f}", "wait": f"{timing['data_wait_pct']:.0f}%"}
 
 
 class Clock:
