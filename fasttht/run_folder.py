@@ -99,17 +99,20 @@ class RunFolder:
             os.close(handle)
 
     def create(self, config: TrainConfig, device: torch.device) -> None:
-        """Write config.toml and env.json and empty the row files: a run without a checkpoint starts again."""
+        """Write config.toml and env.json and empty the row files: a run without a checkpoint starts again.
+
+        config.toml comes first: it is what makes the folder a run's, so a kill in here leaves one that starts again.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / CONFIG).write_text(to_toml(config))
         for file in (METRICS, TIMING):
             (self.path / file).write_text("")
-        (self.path / CONFIG).write_text(to_toml(config))
         (self.path / "env.json").write_text(json.dumps(environment(device), indent=1) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the rows of metrics.jsonl."""
+        """Return the rows of metrics.jsonl; a last line that a kill left without its end is none."""
         try:
-            return [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
+            return [json.loads(line) for line in (self.path / METRICS).read_text().split("\n")[:-1]]
         except FileNotFoundError:
             return []
 

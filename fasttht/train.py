@@ -57,6 +57,7 @@ class Trainer:
         self.device = open_device(config)
         self.splits = open_splits(config.data.data)
         self.folder = RunFolder(config.run.output or default_output(config))
+        self._seen = checkpoint.listing(self.folder.path)
         resumes_from = self._find_checkpoint()
         self.loader = build_loader(config, self.splits, self.device, train=True)
         self.eval_loader = build_loader(config, self.splits, self.device, train=False)
@@ -66,6 +67,7 @@ class Trainer:
         self.objective = OBJECTIVES[config.method.objective]
         self.clock = Clock(self.loader)
         self.resumed = resumes_from is not None
+        self._rows: dict[str, int] = {}
         if resumes_from is not None:
             self._restore(resumes_from)
         self._writer: Any = None
@@ -110,6 +112,7 @@ class Trainer:
             stop_signals() as stop,
             log.Screen("train", self.total_steps, "steps", done=self.state.step) as screen,
         ):
+            self._take_over()
             self.clock.restart()
             while self.loader.epoch < self.num_passes:
                 for batch in self.loader:
@@ -243,5 +246,14 @@ class Trainer:
         checkpoint.restore(folder, self.state.tensors())
         self.state.step = int(meta["step"])
         self.loader.load_state_dict(meta["loader"])
+        self._rows = meta["rows"]
+
+    def _take_over(self) -> None:
+        """Cut the rows back to the checkpoint's, now that the folder is locked and nobody else writes them."""
+        if checkpoint.listing(self.folder.path) != self._seen:
+            raise UsageError(
+                f"--output: expected {self.folder.path} as it was a moment ago, got checkpoints of another process; "
+                "run the same command again"
+            )
         if self.folder.final() is None:  # the final row comes after the last checkpoint: a finished run keeps it
-            self.folder.rewind(meta["rows"])
+            self.folder.rewind(self._rows)

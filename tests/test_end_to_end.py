@@ -36,7 +36,7 @@ def test_free_training_makes_a_robust_network_and_clean_training_does_not(
     assert last["loss_cl"] < math.log(1 + 1024) - 2  # far better than telling the twin from the bank by chance
     assert last["loss_cls"] < first["loss_cls"]
     assert last["skipped_steps"] == 0
-    assert 1 <= last["logit_scale"] <= 100
+    assert last["logit_scale"] != 16, "eta is learnt"
     for name in ("config.toml", "env.json", "metrics.jsonl", "timing.jsonl", "summary.csv", "checkpoints"):
         assert (tmp_path / "robust" / name).exists()
     assert {"img_per_s", "data_wait_pct"} <= json.loads(

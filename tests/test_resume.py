@@ -251,7 +251,17 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     first, second = Trainer(config), Trainer(config)
     with first.folder.locked(), pytest.raises(UsageError, match="no other process"):
         second.fit()
-    assert second.fit() is not None
+    first.fit(stop_at=2)
+    with pytest.raises(UsageError, match="run the same command again"):
+        second.fit()
+    rows = tmp_path / "run" / "metrics.jsonl"
+    rows.write_text(rows.read_text() + '{"kind": "train"}\n{"kind": "tr')  # written after the checkpoint, and torn
+    before = rows.read_bytes()
+    third = Trainer(config)
+    with first.folder.locked(), pytest.raises(UsageError, match="no other process"):
+        third.fit()
+    assert rows.read_bytes() == before, "a refused process must not touch the rows"
+    assert third.fit() is not None
 
 
 def test_a_folder_with_files_that_a_run_would_overwrite_is_refused(tmp_path: Path) -> None:
