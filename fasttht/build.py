@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from fasttht.errors import UsageError
 from fasttht.models.clean_encoder import CleanEncoder, load_frozen
 from fasttht.models.two_head import TwoHead
 from fasttht.objectives import OBJECTIVES
+from fasttht.pipelines import backends
+from fasttht.pipelines.datasets import Paged
 from fasttht.pipelines.loader import Loader
 from fasttht.pipelines.plan import Augment, EpochPlan
 from fasttht.pipelines.splits import Splits
@@ -83,14 +86,48 @@ def build_clean_encoder(config: TrainConfig, model: TwoHead) -> CleanEncoder | N
     return load_frozen(model, path)
 
 
-def build_loader(config: TrainConfig, splits: Splits, device: torch.device, *, train: bool) -> Loader:
+def describe_loader(config: TrainConfig, splits: Splits, device: torch.device) -> str:
+    """Return which decoder trains and why, and, if the file is larger than memory, how to read it."""
+    name, reason = backends.choose(config.data.loader, device)
+    text = f"loader {name}, {_workers(config)} threads: {reason}"
+    if name == "synthetic":
+        text += "; its images are noise, so this run measures speed and trains nothing"
+    path = splits.train.path
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if config.data.order == "random" and path.is_file() and path.stat().st_size > memory:
+        text += f"; {path} is larger than memory: --order paged reads each part of it once per pass"
+    return text
+
+
+def _workers(config: TrainConfig) -> int:
+    return config.data.workers or len(os.sched_getaffinity(0))
+
+
+def build_loader(
+    config: TrainConfig,
+    splits: Splits,
+    device: torch.device,
+    *,
+    train: bool,
+    report: Callable[[str], None] | None = None,
+) -> Loader:
     """Build the training or the evaluation loader.
 
-    Raises: UsageError if the training split does not fill one batch.
+    The evaluation's always decodes with turbo: published numbers must not depend on the decoder. `report` is told of
+    every bad image that was replaced.
+
+    Raises: UsageError if the training split does not fill one batch, or if the loader that was asked for cannot run.
     """
     data, optim = config.data, config.optim
     assert optim.batch_size is not None, "the config was not resolved"
     samples = splits.train if train else splits.val
+    name, _ = backends.choose(data.loader, device) if train else ("turbo", "")
+    obstacle = backends.why_not(name, device)
+    if obstacle is not None:
+        raise UsageError(f"--loader: expected a decoder that can run here, got {name}; {obstacle}")
+    paged = train and data.order == "paged"
+    if paged and not isinstance(samples, Paged):
+        raise UsageError(f"--order: expected random for an image tree, got paged; write {samples.path} as .beton first")
     if train and optim.drop_last and len(samples) < optim.batch_size:
         raise UsageError(
             f"--batch-size: expected at most the {len(samples)} training images, got {optim.batch_size}; "
@@ -103,9 +140,20 @@ def build_loader(config: TrainConfig, splits: Splits, device: torch.device, *, t
         augment=Augment(scale=data.scale, ratio=data.ratio, hflip=data.hflip) if train else None,
         drop_last=train and optim.drop_last,
         crop_pct=data.crop_pct,
+        pages=samples.pages if paged and isinstance(samples, Paged) else None,
     )
-    workers = data.workers or len(os.sched_getaffinity(0))
-    return Loader(samples, plan, img_size=data.img_size, device=device, workers=workers)
+    return Loader(
+        samples,
+        plan,
+        img_size=data.img_size,
+        device=device,
+        decoder=name,
+        workers=_workers(config),
+        on_bad=data.on_bad_sample,
+        max_bad=data.max_bad_samples,
+        report=report,
+        stall_s=data.stall_timeout,
+    )
 
 
 def build_schedule(config: TrainConfig, steps_per_pass: int) -> Schedule:

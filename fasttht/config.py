@@ -59,6 +59,16 @@ class DataConfig:
     "Share of the short side kept by the evaluation's centre crop."
     workers: int = 0
     "Decoding threads; 0: one per core."
+    loader: Literal["auto", "turbo", "ffcv", "dali-cpu", "dali-gpu", "synthetic"] = "auto"
+    "Decoder of the training images; evaluation always takes turbo. synthetic: noise on the device, to measure with."
+    order: Literal["random", "paged"] = "random"
+    "paged: shuffle the pages of train.beton, and images among 64 of them, for files larger than memory."
+    on_bad_sample: Literal["error", "replace"] = "error"
+    "What a training image that cannot be decoded does. replace: another one, the same in every run, takes its place."
+    max_bad_samples: int = 100
+    "With --on-bad-sample replace: images that may be bad; one more is an error."
+    stall_timeout: float = 600.0
+    "Seconds without a batch after which the run stops and says what is stuck."
 
 
 @dataclass(kw_only=True)
@@ -291,7 +301,7 @@ def check_ranges(config: TrainConfig) -> None:
         ("--warmup-epochs", optim.warmup_epochs, 0), ("--decay-rate", optim.decay_rate, 0),
         ("--eval-interval", config.evaluation.eval_interval, 0), ("--scale-init", config.model.scale_init, 1),
         ("--eval-batch-size", config.evaluation.eval_batch_size, 1), ("--seed", config.run.seed, 0),
-        ("--checkpoint-interval", config.run.checkpoint_interval, 0),
+        ("--checkpoint-interval", config.run.checkpoint_interval, 0), ("--max-bad-samples", data.max_bad_samples, 0),
         ("--threads", config.run.threads, 0), ("--log-interval", config.run.log_interval, 1),
         ("--checkpoint-hist", config.run.checkpoint_hist, 1), ("--eval-steps", min(config.evaluation.eval_steps), 0),
     ]  # fmt: skip
@@ -306,6 +316,10 @@ def check_ranges(config: TrainConfig) -> None:
     for flag, value in shares:
         if not 0 <= value <= 1:
             raise UsageError(f"{flag}: expected a number in [0, 1], got {value:g}")
+    if not data.crop_pct > 0:
+        raise UsageError("--crop-pct: expected more than 0, got 0; 1 keeps the whole short side")
+    if not data.stall_timeout > 0:
+        raise UsageError(f"--stall-timeout: expected a positive number of seconds, got {data.stall_timeout:g}")
     if not method.tau > 0:
         raise UsageError(f"--tau: expected a positive temperature, got {method.tau:g}")
     if not 0 < data.scale[0] <= data.scale[1] <= 1:

@@ -20,7 +20,7 @@ QUICKSTART = "quickstart"
 # Options that change where or how a run is computed, but not what is computed: a resume may change them.
 _NOT_IDENTITY = {
     "output", "workers", "device", "resume", "checkpoint_interval", "checkpoint_hist", "log_interval",
-    "eval_batch_size", "tensorboard", "threads",
+    "eval_batch_size", "tensorboard", "threads", "max_bad_samples", "stall_timeout",
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from fasttht import checkpoint, log
 from fasttht.attacks.pgd import Draw
-from fasttht.build import build_loader, build_state, open_device
+from fasttht.build import build_loader, build_state, describe_loader, open_device
 from fasttht.config import TrainConfig, passes
 from fasttht.config_file import digest, identity, pixels_text
 from fasttht.errors import CheckpointError, Interrupted, NonFiniteError, UsageError
@@ -59,7 +60,7 @@ class Trainer:
         self.folder = RunFolder(config.run.output or default_output(config))
         self._seen = checkpoint.listing(self.folder.path)
         resumes_from = self._find_checkpoint()
-        self.loader = build_loader(config, self.splits, self.device, train=True)
+        self.loader = build_loader(config, self.splits, self.device, train=True, report=log.say)
         self.eval_loader = build_loader(config, self.splits, self.device, train=False)
         self.steps_per_pass = self.loader.plan.num_steps
         self.num_passes = passes(config, config.optim.epochs)
@@ -92,6 +93,7 @@ class Trainer:
             f"{self.num_passes} passes ({optim.epochs} epochs at replay {settings.replay}) of {self.steps_per_pass} "
             f"steps, batch {optim.batch_size}, lr {optim.lr:g}",
         ]
+        lines.append(describe_loader(config, self.splits, self.device))
         if self.objective.has_clean_encoder:
             lines.append(f"clean encoder {config.method.clean_encoder}, bank {config.method.bank_size}")
         if self.resumed:
@@ -106,6 +108,11 @@ class Trainer:
         Raises: NonFiniteError, with the last checkpoint kept; Interrupted after SIGINT or SIGTERM, with one of the
         step that it finished; UsageError if another process trains in the same folder.
         """
+        with closing(self.loader), closing(self.eval_loader):
+            return self._finish() if self._train(stop_at) else None
+
+    def _train(self, stop_at: int | None) -> bool:
+        """Take the steps that are left; return whether the run's last one is among them."""
         begun = self.resumed
         with (
             self.folder.locked(),
@@ -133,8 +140,8 @@ class Trainer:
                     if stop.signal is not None:
                         raise Interrupted(stop.signal, f"step {self.state.step} of {self.total_steps}")
                     if stops:
-                        return None
-        return self._finish()
+                        return False
+        return True
 
     def _step(self, batch: Batch) -> None:
         draw = Draw(self.config.run.seed, self.loader.epoch, self.state.step)
@@ -155,6 +162,8 @@ class Trainer:
         row |= {"lr": float(state.lr), "loss_scale": state.scaler.get_scale()}
         if isinstance(state.model.classifier, CosineClassifier):
             row["logit_scale"] = float(state.model.classifier.scale.detach())
+        if self.loader.bad_rows:
+            row["bad_samples"] = len(self.loader.bad_rows)
         overflowed = sums["skipped"] > 0 and state.amp_dtype != torch.float16
         if not math.isfinite(row["loss"]) or overflowed:
             kept = checkpoint.listing(self.folder.path)

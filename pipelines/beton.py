@@ -11,7 +11,7 @@ import hashlib
 import mmap
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +77,8 @@ class BetonFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._bytes = self._map()
+        self._map = self._open()
+        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
         header, fields = self._read_header()
         self.page_size = int(header["page_size"])
         self._images, labels, table = self._read_index(header, fields)
@@ -142,6 +143,14 @@ class BetonFile:
         """Return mode (an index into MODES) and length in bytes of every image, (N,) int64 each."""
         return self._images["mode"].astype(np.int64), self._num_bytes
 
+    @property
+    def pages(self) -> Index:
+        return self._images["data_ptr"].astype(np.int64) // self.page_size
+
+    def read_ahead(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            self._map.madvise(mmap.MADV_WILLNEED, page * self.page_size, self.page_size)
+
     def where(self, i: int) -> str:
         try:
             origin = self.origin(i)
@@ -154,13 +163,13 @@ class BetonFile:
         manifest = read_manifest(self.path, fingerprint=self.fingerprint)
         return manifest.sources[i] if manifest and manifest.sources else ""
 
-    def _map(self) -> npt.NDArray[np.uint8]:
+    def _open(self) -> mmap.mmap:
         try:
             with open(self.path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size < HEADER.itemsize:
                     raise self._refusal(f"a header of {HEADER.itemsize} bytes", f"{size} bytes in all")
-                return np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), dtype=np.uint8)
+                return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise self._refusal("a readable file", str(error.strerror)) from None
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -75,6 +75,19 @@ class Samples(Protocol):
     def sample(self, i: int) -> Sample: ...
     def where(self, i: int) -> str: ...
     def origin(self, i: int) -> str: ...
+
+
+@runtime_checkable
+class Paged(Protocol):
+    """Samples of one large file, laid out in pages that are best read whole.
+
+    pages: the number of the page that each row lies in, (N,) int64.
+    read_ahead: ask the operating system to have these pages in memory soon; returns at once.
+    """
+
+    @property
+    def pages(self) -> Index: ...
+    def read_ahead(self, pages: Iterable[int]) -> None: ...
 
 
 class ImageTree:

@@ -1,9 +1,11 @@
-"""Plan + samples + decoder -> batches, decoded ahead by threads.
+"""Plan + samples + decoder -> batches on a device, decoded ahead.
 
-One producer thread walks the plan; a pool of `workers` threads decodes each batch into one uint8 array; a bounded
-queue of `prefetch` batches sits between the producer and the consumer. A batch handed out is the consumer's to keep:
-its storage is never reused. An exception in any thread is raised in the consumer, with the sample's name.
+One producer thread walks the plan, always with one batch in the decoder's hands beyond the one it waits for, copies
+finished ones to the device on a stream of its own, and puts them into a queue of `prefetch` batches. The consumer's
+stream waits for the copy's event, never the host. Whose memory a batch is, and when it is used again, stands in
+`pipelines/host_memory.py`: a batch handed out is the consumer's to keep.
 
+An exception in any thread is raised in the consumer, and so is a stall, with the stage and the sample that is stuck.
 State is the position of the last batch *delivered*, so a resume neither repeats nor skips one, in O(1).
 """
 
@@ -12,45 +14,43 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from fasttht.pipelines import DataError
+from fasttht.pipelines import DataError, ResourceError
+from fasttht.pipelines.backends import open_decoder
 from fasttht.pipelines.datasets import Samples
-from fasttht.pipelines.decode_turbo import Pixels, crop_resize_into, decode_rgb
-from fasttht.pipelines.plan import EpochPlan, Index, Windows
+from fasttht.pipelines.decoder import Decoder
+from fasttht.pipelines.plan import EpochPlan
+from fasttht.pipelines.producer import BadSample, Batch, Item, Producer, Ready
+from fasttht.pipelines.stages import Stages
 
-STATE_VERSION = 1
+__all__ = ["Batch", "Loader"]
 
-# Samples decoded by one task: amortises the pool's hand-over (~20 us) for tiny images, still balances large ones.
-_CHUNK = 16
+STATE_VERSION = 2
 
-
-@dataclass(frozen=True)
-class Batch:
-    """One step's images on the device.
-
-    x (B, 3, H, W) uint8 with channels-last strides; y (B,) int64 labels; index (B,) int64 dataset rows.
-    """
-
-    x: Tensor
-    y: Tensor
-    index: Tensor
+# How long a closed loader waits for its producer. It ends within one sample, unless a read or a driver holds it.
+_END_S = 5.0
 
 
 class Loader:
     """Iterate over one epoch's remaining batches; iterating again continues with the next epoch.
 
     `plan` is the template: its seed, batch size, augmentation and rank hold for every epoch, its `epoch` is where
-    the loader starts. `wait_s` is the time the consumer has spent waiting for batches, in seconds.
+    the loader starts. `decoder` is the name of one of `backends.DECODERS`, with `workers` threads.
 
-    Raises: DataError from the consumer's `next` if a sample cannot be read or decoded.
+    on_bad says what a sample does that cannot be read or decoded. error: it ends the epoch. replace: another row, which
+    depends on (seed, epoch, row) alone, takes its place; `report` is called once with a sentence about each bad row,
+    and more than `max_bad` different ones are an error. Evaluation (a plan without augmentation) always raises.
+
+    stall_s: how many seconds without a batch mean that something is stuck.
+
+    `wait_s` is the time the consumer has spent waiting for batches, in seconds; `stages` knows what the threads did.
+
+    Raises: DataError from the consumer's `next` if a sample cannot be read or decoded; ResourceError on a stall.
     """
 
     def __init__(
@@ -60,17 +60,33 @@ class Loader:
         *,
         img_size: int,
         device: torch.device | str = "cpu",
+        decoder: str = "turbo",
         workers: int = 1,
         prefetch: int = 3,
+        on_bad: Literal["error", "replace"] = "error",
+        max_bad: int = 100,
+        report: Callable[[str], None] | None = None,
+        stall_s: float = 600.0,
     ) -> None:
         self.samples = samples
         self.plan = plan
         self.img_size = img_size
         self.device = torch.device(device)
-        self.workers = workers
-        self.prefetch = prefetch
+        self.stages = Stages()
         self.step = 0
         self.wait_s = 0.0
+        self.bad_rows: set[int] = set()
+        self._decoder_name, self._workers = decoder, workers
+        self._decoder: Decoder | None = None
+        self._active: tuple[threading.Event, Ready, threading.Thread] | None = None
+        self._prefetch = prefetch
+        self._replaces = on_bad == "replace" and plan.augment is not None
+        self._max_bad = max_bad
+        self._report = report
+        self._stall_s = stall_s
+        self._stream: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     @property
     def epoch(self) -> int:
@@ -79,87 +95,89 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current epoch, then move to the start of the next."""
-        stop = threading.Event()
-        ready: queue.Queue[tuple[Pixels, Index] | BaseException | None] = queue.Queue(maxsize=self.prefetch)
-        producer = threading.Thread(
-            target=self._produce, args=(self.plan, self.step, ready, stop), name="fasttht-loader", daemon=True
+        if self._decoder is None:
+            self._decoder = open_decoder(
+                self._decoder_name, self.samples, img_size=self.img_size, workers=self._workers,
+                device=self.device, stages=self.stages,
+            )  # fmt: skip
+        producer = Producer(
+            self.samples, self.plan, self._decoder, self.stages,
+            img_size=self.img_size, device=self.device, stream=self._stream, replaces=self._replaces,
+        )  # fmt: skip
+        stop, ready = threading.Event(), Ready(maxsize=self._prefetch)
+        thread = threading.Thread(
+            target=producer.run, args=(self.step, ready, stop), name="fasttht-loader", daemon=True
         )
-        producer.start()
+        self._active = stop, ready, thread
+        thread.start()
         try:
-            while True:
-                start = time.perf_counter()
-                item = ready.get()
-                self.wait_s += time.perf_counter() - start
-                if item is None:
-                    break
-                if isinstance(item, BaseException):
-                    raise item
+            while (item := self._next(ready)) is not None:
+                self._note(item.bad)
                 self.step += 1
-                yield self._to_device(*item)
+                yield self._deliver(item)
         finally:
-            stop.set()
-            while producer.is_alive():  # unblock a producer waiting for room, then let it end
-                try:
-                    ready.get_nowait()
-                except queue.Empty:
-                    producer.join(timeout=0.01)
+            _end(stop, ready, thread)
         self.plan = replace(self.plan, epoch=self.plan.epoch + 1)
         self.step = 0
 
-    def _produce(
-        self,
-        plan: EpochPlan,
-        first_step: int,
-        ready: queue.Queue[tuple[Pixels, Index] | BaseException | None],
-        stop: threading.Event,
-    ) -> None:
+    def close(self) -> None:
+        """End all threads and free the decoder's memory; iterating again opens it anew."""
+        if self._active is not None:
+            _end(*self._active)
+        if self._decoder is not None:
+            self._decoder.close()
+        self._active = self._decoder = None
+
+    # -- the consumer's side ---------------------------------------------------------------------------------------
+
+    def _next(self, ready: Ready) -> Item | None:
+        """Wait for the next batch, or None at the end. Raises: the producer's error, or ResourceError on a stall."""
+        start = time.perf_counter()
         try:
-            order = plan.order()
-            with ThreadPoolExecutor(self.workers, thread_name_prefix="fasttht-decode") as pool:
-                for step in range(first_step, plan.num_steps):
-                    if stop.is_set():
-                        return
-                    ready.put(self._decode_batch(plan, plan.batch(order, step), pool))
-            ready.put(None)
-        except BaseException as error:  # handed to the consumer: an error must never become a hang
-            ready.put(error)
+            item = ready.get(timeout=self._stall_s)
+        except queue.Empty:
+            raise ResourceError(
+                f"loader: expected a batch within {self._stall_s:g} s, got none; {self._stuck()}; "
+                "check the disk, or raise --stall-timeout"
+            ) from None
+        self.wait_s += time.perf_counter() - start
+        if isinstance(item, BaseException):
+            raise item
+        return item
 
-    def _decode_batch(self, plan: EpochPlan, index: Index, pool: ThreadPoolExecutor) -> tuple[Pixels, Index]:
-        heights, widths = self.samples.sizes(index)
-        windows = plan.windows(index, heights, widths)
-        flips = plan.flips(index)
-        out = np.empty((len(index), self.img_size, self.img_size, 3), dtype=np.uint8)
-        chunks = [slice(i, i + _CHUNK) for i in range(0, len(index), _CHUNK)]
-        shapes = np.stack([heights, widths], axis=1)
-        tasks = [pool.submit(self._decode_chunk, index[c], shapes[c], windows[c], flips[c], out[c]) for c in chunks]
-        for task in tasks:
-            task.result()
-        return out, index
+    def _stuck(self) -> str:
+        """Say which stage has been busy for longest, and with which sample."""
+        found = self.stages.busiest()
+        if found is None:
+            return "no thread is at work"
+        stage, row, thread, seconds = found
+        what = f"{stage} of {self.samples.where(row)}" if row >= 0 else stage
+        return f"stuck for {seconds:.0f} s in {what} ({thread})"
 
-    def _decode_chunk(
-        self, index: Index, shapes: Index, windows: Windows, flips: np.ndarray[Any, Any], out: Pixels
-    ) -> None:
-        for i, row in enumerate(index):
-            try:
-                pixels = decode_rgb(self.samples.sample(int(row)))
-                if pixels.shape[:2] != tuple(shapes[i]):  # the window was cut for the announced size
-                    announced, found = "x".join(map(str, shapes[i])), "x".join(map(str, pixels.shape[:2]))
-                    raise DataError(f"expected an image of {announced} pixels, as announced, got {found}")
-            except DataError as error:
-                raise DataError(f"{self.samples.where(int(row))}: {error}; remove or repair it") from None
-            top, left, height, width = (int(v) for v in windows[i])
-            crop_resize_into(pixels, (top, left, height, width), bool(flips[i]), out[i])
+    def _note(self, found: tuple[BadSample, ...]) -> None:
+        """Count and report what the batch about to be delivered had to replace."""
+        for bad in found:
+            if bad.row in self.bad_rows:
+                continue
+            self.bad_rows.add(bad.row)
+            where = self.samples.where(bad.row)
+            if len(self.bad_rows) > self._max_bad:
+                raise DataError(
+                    f"{where}: {bad.reason}; expected at most {self._max_bad} bad samples, got one more; run "
+                    "`fasttht data verify`, or raise --max-bad-samples"
+                )
+            if self._report is not None:
+                self._report(f"{where}: {bad.reason}; row {bad.shown} is shown in its place")
 
-    def _to_device(self, pixels: Pixels, index: Index) -> Batch:
-        host = [
-            torch.from_numpy(pixels),
-            torch.from_numpy(self.samples.labels[index]),
-            torch.from_numpy(index),
-        ]
-        if self.device.type == "cuda":
-            host = [t.pin_memory() for t in host]
-        x, y, rows = (t.to(self.device, non_blocking=True) for t in host)
-        return Batch(x.permute(0, 3, 1, 2), y, rows)
+    def _deliver(self, item: Item) -> Batch:
+        if item.copied is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(item.copied)
+            for tensor in (item.batch.x, item.batch.y, item.batch.index):
+                tensor.record_stream(stream)  # its memory was taken on the loader's stream
+        return item.batch
+
+    # -- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last delivered batch, and what it is a position in."""
@@ -170,6 +188,7 @@ class Loader:
             "seed": self.plan.seed,
             "batch_size": self.plan.batch_size,
             "fingerprint": self.samples.fingerprint,
+            "bad_rows": sorted(self.bad_rows),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -186,3 +205,15 @@ class Loader:
                 )
         self.plan = replace(self.plan, epoch=int(state["epoch"]))
         self.step = int(state["step"])
+        self.bad_rows = {int(row) for row in state["bad_rows"]}
+
+
+def _end(stop: threading.Event, ready: Ready, thread: threading.Thread) -> None:
+    """Unblock a producer that waits for room, and wait until it ends; one that is stuck is left behind."""
+    stop.set()
+    deadline = time.perf_counter() + _END_S
+    while thread.is_alive() and time.perf_counter() < deadline:
+        try:
+            ready.get_nowait()
+        except queue.Empty:
+            thread.join(timeout=0.01)

@@ -7,7 +7,7 @@ stated in numpy because this package must not depend on that one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ STREAM_ORDER = 0x4F52
 STREAM_WINDOW = 0x574E
 STREAM_FLIP = 0x464C
 STREAM_WRITE = 0x5752
+STREAM_REPLACE = 0x5250
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -28,6 +29,9 @@ _MIX2 = np.uint64(0x94D049BB133111EB)
 
 # Attempts at a random-resized-crop before falling back to the centre, as in torchvision.
 _CROP_ATTEMPTS = 10
+
+# Pages shuffled together in the paged order: 512 MiB of the default size, well mixed, and little against any memory.
+_PAGES_TOGETHER = 64
 
 
 def mix64(z: Words) -> Words:
@@ -74,7 +78,10 @@ class EpochPlan:
     file order, every sample once, centre windows of `crop_pct` of the short side, no flip.
     Ranks take contiguous slices of each global batch, so the order does not depend on the world size.
 
-    Raises: ValueError if there is no full batch to give, or the rank is outside the world.
+    pages: None, or the page of the file that each row lies in: the `paged` order, for files larger than memory. The
+    pages are permuted, and rows only within `_PAGES_TOGETHER` pages at a time, so that a pass reads each page once.
+
+    Raises: ValueError if there is no full batch to give, the rank is outside the world, or pages are not one a row.
     """
 
     num_samples: int
@@ -86,6 +93,7 @@ class EpochPlan:
     crop_pct: float = 0.875
     rank: int = 0
     world: int = 1
+    pages: Index | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.num_samples < 1 or self.batch_size < 1:
@@ -96,6 +104,8 @@ class EpochPlan:
             )
         if not 0 <= self.rank < self.world:
             raise ValueError(f"plan: expected a rank in 0..{self.world - 1}, got {self.rank}")
+        if self.pages is not None and len(self.pages) != self.num_samples:
+            raise ValueError(f"plan: expected a page for each of {self.num_samples} rows, got {len(self.pages)}")
 
     @property
     def num_steps(self) -> int:
@@ -109,7 +119,24 @@ class EpochPlan:
         if self.augment is None:
             return rows
         keys = hash_rows(STREAM_ORDER, self.seed, self.epoch, 0, rows)
-        return np.argsort(keys, kind="stable").astype(np.int64)
+        if self.pages is None:
+            return np.argsort(keys, kind="stable").astype(np.int64)
+        # step 1 of the stream: step 0 is the order of the rows themselves
+        names, page = np.unique(self.pages, return_inverse=True)
+        place = np.empty(len(names), dtype=np.int64)
+        place[np.argsort(hash_rows(STREAM_ORDER, self.seed, self.epoch, 1, names), kind="stable")] = np.arange(
+            len(names)
+        )
+        return np.lexsort((keys, place[page] // _PAGES_TOGETHER)).astype(np.int64)
+
+    def replacement(self, row: int, attempt: int) -> int:
+        """Return the row shown in place of one that cannot be decoded: another one, by a draw of (epoch, row).
+
+        Its window and flip are its own of this epoch; it may be shown twice in it. attempt counts from 0.
+        """
+        key = hash_rows(STREAM_REPLACE, self.seed, self.epoch, attempt, np.array([row], dtype=np.int64))
+        drawn = int(uniforms(key, 1)[0, 0] * (self.num_samples - 1))
+        return drawn + int(drawn >= row)
 
     def batch(self, order: Index, step: int) -> Index:
         """Return this rank's dataset rows at `step`, cut from what `order()` returned."""

@@ -236,3 +236,55 @@ def test_evaluation_takes_every_sample_once_in_file_order_from_the_centre() -> N
 def test_plans_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         replace(TRAIN, **options)
+
+
+def paged(epoch: int = 0, *, per_page: int = 7, num: int = 7 * 200) -> EpochPlan:
+    """200 pages of 7 rows, laid down in no order of their own."""
+    pages = np.random.default_rng(1).permutation(np.repeat(np.arange(num // per_page), per_page))
+    return EpochPlan(num_samples=num, batch_size=16, epoch=epoch, augment=Augment(), pages=pages)
+
+
+def test_the_paged_order_is_a_permutation_that_enters_each_page_once() -> None:
+    """Every 64 pages together: all their rows come before any row of the next 64."""
+    plan = paged()
+    assert plan.pages is not None
+    order = plan.order()
+    assert sorted(order.tolist()) == list(range(1400))
+    groups = np.split(plan.pages[order], [64 * 7, 128 * 7, 192 * 7])
+    seen = [set(group.tolist()) for group in groups]
+    assert [len(pages) for pages in seen] == [64, 64, 64, 8]
+    assert sum(len(pages) for pages in seen) == len(set.union(*seen))
+    for group in groups:  # and within them the rows are mixed: hardly two neighbours share a page
+        assert np.mean(group[1:] == group[:-1]) < 0.2
+
+
+def test_the_paged_order_changes_with_the_epoch_in_pages_and_in_rows() -> None:
+    first, second = paged(0), paged(1)
+    assert first.pages is not None
+    groups = [set(first.pages[plan.order()[: 64 * 7]].tolist()) for plan in (first, second)]
+    assert 5 < len(groups[0] & groups[1]) < 40  # 20.5 expected of two independent draws of 64 of 200
+    one_page = EpochPlan(num_samples=50, batch_size=5, augment=Augment(), pages=np.zeros(50, dtype=np.int64))
+    assert one_page.order().tolist() == replace(one_page, pages=None).order().tolist()
+
+
+def test_pages_of_another_number_of_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected a page for each of 4 rows, got 3"):
+        EpochPlan(num_samples=4, batch_size=2, pages=np.zeros(3, dtype=np.int64))
+
+
+@given(num=st.integers(2, 50), seed=seeds, epoch=st.integers(0, 9), attempt=st.integers(0, 15), data=st.data())
+def test_a_replacement_is_another_row(num: int, seed: int, epoch: int, attempt: int, data: st.DataObject) -> None:
+    row = data.draw(st.integers(0, num - 1))
+    plan = replace(TRAIN, num_samples=num, seed=seed, epoch=epoch)
+    shown = plan.replacement(row, attempt)
+    assert 0 <= shown < num
+    assert shown != row
+    assert replace(plan, batch_size=3, rank=1, world=4).replacement(row, attempt) == shown
+
+
+def test_replacements_are_uniform_over_the_other_rows() -> None:
+    shown = [replace(TRAIN, num_samples=11, epoch=epoch).replacement(4, 0) for epoch in range(3000)]
+    counts = np.bincount(shown, minlength=11)
+    assert counts[4] == 0
+    assert stats.chisquare(np.delete(counts, 4)).pvalue > 1e-3
+    assert len({TRAIN.replacement(4, attempt) for attempt in range(16)}) > 10

@@ -1,6 +1,8 @@
 """Decoding and cutting one sample: the right pixels, or a DataError; never gray, stale or shifted ones."""
 
+import importlib
 import io
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,15 @@ from PIL import Image
 
 from fasttht.pipelines import DataError
 from fasttht.pipelines.datasets import Sample
-from fasttht.pipelines.decode_turbo import crop_resize_into, decode_rgb, image_size
+from fasttht.pipelines.decode_turbo import (
+    crop_resize_into,
+    decode_into,
+    decode_rgb,
+    image_size,
+    resize_center_into,
+)
+from fasttht.pipelines.decoder import Cut
+from fasttht.pipelines.stages import Stages
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -233,16 +243,18 @@ def test_constant_image_stays_constant_when_shrunk_or_enlarged(shape: tuple[int,
     assert set(cut(pixels, (0, 0, *shape), 8).ravel().tolist()) == {value}
 
 
-def test_shrinking_averages_areas() -> None:
-    """A whole factor: the mean of every block, within the half level of rounding."""
+@pytest.mark.parametrize("window", [(4, 6, 32, 48), (0, 0, 40, 60), (1, 2, 9, 50), (3, 3, 33, 17), (0, 0, 5, 6)])
+def test_resampling_is_pillows_antialiased_bilinear(window: tuple[int, int, int, int]) -> None:
+    """On noise, the hardest case, by 1 level at most; pixels outside the window have no influence."""
     pixels = noise(40, 60)
-    small = cut(pixels, (4, 6, 32, 48), 8)
-    means = pixels[4:36, 6:54].reshape(8, 4, 8, 6, 3).mean(axis=(1, 3))
-    assert float(np.abs(small - means).max()) <= 0.5 + 1e-6
+    top, left, height, width = window
+    crop = Image.fromarray(pixels).crop((left, top, left + width, top + height))
+    expected = np.asarray(crop.resize((8, 8), Image.Resampling.BILINEAR)).astype(int)
+    assert int(np.abs(cut(pixels, window, 8) - expected).max()) <= 1
 
 
 def test_enlarging_is_bilinear_between_pixel_centres() -> None:
-    """Against the closed form in float64, within 1 level: OpenCV weighs in 11-bit fixed point."""
+    """Against the closed form in float64, within 1 level: torch weighs in 15-bit fixed point."""
     pixels, size = noise(5, 6), 16
     y, x = (np.clip((np.arange(size) + 0.5) * side / size - 0.5, 0, side - 1) for side in (5, 6))
     y0, x0 = np.floor(y).astype(int), np.floor(x).astype(int)
@@ -261,3 +273,82 @@ def test_only_its_own_slot_of_the_batch_is_written(window: tuple[int, int, int, 
     crop_resize_into(picture(20, 30), window, False, batch[1])
     assert (batch[[0, 2]] == 77).all()
     assert np.array_equal(batch[1], cut(picture(20, 30), window, 8))
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (500, 375), (100, 700), (64, 64), (48, 31), (47, 300)])
+@pytest.mark.parametrize(("size", "short_side"), [(48, 55), (48, 48), (32, 64), (31, 47)])
+def test_evaluation_is_torchvisions_resize_and_centre_crop_of_a_pillow_image(
+    shape: tuple[int, int], size: int, short_side: int, torchvision: ModuleType
+) -> None:
+    """At most 2/255 apart on noise, 0.1/255 on average, whatever is rounded on the way."""
+    transforms = importlib.import_module("torchvision.transforms")
+    pixels = noise(*shape)
+    image = transforms.CenterCrop(size)(transforms.Resize(short_side)(Image.fromarray(pixels)))
+    out = np.full((size, size, 3), 77, dtype=np.uint8)
+    resize_center_into(pixels, short_side, out)
+    difference = np.abs(out.astype(int) - np.asarray(image))
+    assert (int(difference.max()) <= 2, float(difference.mean()) < 0.1) == (True, True)
+
+
+def test_an_output_larger_than_the_resized_image_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected an output of at most 7 pixels, got 8"):
+        resize_center_into(noise(20, 30), 7, np.empty((8, 8, 3), np.uint8))
+
+
+def decoded(data: Pixels, window: tuple[int, int, int, int], size: int, **options: Any) -> Pixels:
+    out = np.full((size, size, 3), 77, dtype=np.uint8)
+    shape = options.pop("shape", image_size(data))
+    decode_into(Sample("jpg", data, *shape), Cut(shape, window, **{"flip": False, **options}), out, Stages().track())
+    return out
+
+
+def large_photograph() -> Pixels:
+    """china.jpg, enlarged to 1708x2560 pixels."""
+    pixels = importlib.import_module("sklearn.datasets").load_sample_image("china.jpg")
+    return np.asarray(Image.fromarray(pixels).resize((2560, 1708), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("window", "denominator"), [
+    ((0, 0, 1708, 2560), 4), ((111, 333, 1025, 1027), 4), ((7, 9, 513, 514), 2), ((1001, 1900, 600, 611), 2),
+    ((3, 5, 511, 800), 1), ((3, 5, 800, 511), 1), ((50, 60, 128, 128), 1),
+])  # fmt: skip
+def test_large_windows_are_shrunk_while_they_are_decoded_and_stay_within_a_level(
+    window: tuple[int, int, int, int], denominator: int, flip: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mean difference to the full decode of the same window; 128 pixels out, so from 512 on, and from 1024 on."""
+    data = np.frombuffer(simplejpeg.encode_jpeg(large_photograph(), 90, "RGB", "420"), dtype=np.uint8)
+    asked: list[int] = []
+    decode_jpeg = simplejpeg.decode_jpeg
+
+    def spy(*args: Any, min_factor: int, **options: Any) -> Any:
+        asked.append(min_factor)
+        return decode_jpeg(*args, min_factor=min_factor, **options)
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", spy)
+    found = decoded(data, window, 128, flip=flip)
+    assert asked == [denominator]
+    expected = cut(decode(data), window, 128, flip=flip)
+    difference = np.abs(found.astype(int) - expected)
+    assert float(difference.mean()) <= (1 if denominator > 1 else 0)
+
+
+def test_a_scaled_decode_checks_the_announced_size() -> None:
+    data = np.frombuffer(simplejpeg.encode_jpeg(np.zeros((512, 512, 3), np.uint8)), dtype=np.uint8)
+    for shape in [(600, 512), (512, 600), (300, 300)]:
+        with pytest.raises(DataError, match=rf"expected an image of {shape[0]}x{shape[1]} pixels, .*, got 512x512"):
+            decoded(data, (0, 0, *shape), 32, shape=shape)
+
+
+def test_what_cannot_be_shrunk_while_it_is_decoded_comes_in_full_size() -> None:
+    pixels = picture(512, 512)
+    found = decoded(inked(pixels), (0, 0, 512, 512), 32)
+    assert np.array_equal(found, cut(decode(inked(pixels)), (0, 0, 512, 512), 32))
+
+
+def test_evaluation_never_shrinks_while_decoding() -> None:
+    pixels = large_photograph()
+    data = np.frombuffer(simplejpeg.encode_jpeg(pixels, 90, "RGB", "420"), dtype=np.uint8)
+    expected = np.empty((64, 64, 3), dtype=np.uint8)
+    resize_center_into(decode(data), 73, expected)
+    assert np.array_equal(decoded(data, (0, 0, 1708, 1708), 64, short_side=73), expected)

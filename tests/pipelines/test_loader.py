@@ -16,7 +16,7 @@ import torch
 
 from fasttht.pipelines import DataError
 from fasttht.pipelines.datasets import Sample
-from fasttht.pipelines.decode_turbo import crop_resize_into, decode_rgb
+from fasttht.pipelines.decode_turbo import crop_resize_into, decode_rgb, resize_center_into
 from fasttht.pipelines.loader import Batch, Loader
 from fasttht.pipelines.plan import Augment, EpochPlan, Index
 
@@ -87,7 +87,10 @@ def naive_epoch(samples: MemorySamples, plan: EpochPlan) -> Iterator[Batch]:
         for i, row in enumerate(index.tolist()):
             top, left, height, width = windows[i].tolist()
             pixels = decode_rgb(samples.sample(row))
-            crop_resize_into(pixels, (top, left, height, width), bool(flips[i]), x[i].numpy())
+            if plan.augment is None:
+                resize_center_into(pixels, round(SIZE / plan.crop_pct), x[i].numpy())
+            else:
+                crop_resize_into(pixels, (top, left, height, width), bool(flips[i]), x[i].numpy())
         yield Batch(x.permute(0, 3, 1, 2), torch.tensor(samples.labels[index]), torch.tensor(index))
 
 
@@ -259,7 +262,9 @@ TRUNCATED = Sample("jpg", np.frombuffer(simplejpeg.encode_jpeg(np.zeros((30, 30,
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("prefetch", [1, 3])
-def test_a_corrupt_sample_is_an_error_in_the_consumer_that_names_it(workers: int, prefetch: int) -> None:
+def test_a_corrupt_sample_is_an_error_in_the_consumer_that_names_it(
+    workers: int, prefetch: int, no_loader_threads: Callable[[], None]
+) -> None:
     samples = MemorySamples()
     loader = make_loader(samples, workers=workers, prefetch=prefetch)
     row = int(loader.plan.order()[3 * 8 + 5])  # in the fourth batch
@@ -269,18 +274,23 @@ def test_a_corrupt_sample_is_an_error_in_the_consumer_that_names_it(workers: int
         within(30, lambda: found.extend(loader))
     samples.broken.clear()
     assert_same(found, list(naive_epoch(samples, loader.plan))[:3])
-    assert loader_threads() == []
+    loader.close()
+    no_loader_threads()
     assert_same(within(30, lambda: list(loader)), list(naive_epoch(samples, plan_of(samples)))[3:])  # repaired
 
 
 @pytest.mark.parametrize("error", [OSError("the disk is gone"), KeyError("a bug"), MemoryError()], ids=repr)
-def test_any_exception_in_a_thread_reaches_the_consumer(error: Exception) -> None:
+def test_any_exception_in_a_thread_reaches_the_consumer(
+    error: Exception, no_loader_threads: Callable[[], None]
+) -> None:
     samples = MemorySamples()
     samples.broken[7] = error
+    loader = make_loader(samples, workers=2)
     with pytest.raises(type(error)) as caught:
-        within(30, lambda: list(make_loader(samples, workers=2)))
+        within(30, lambda: list(loader))
     assert caught.value is error
-    assert loader_threads() == []
+    loader.close()
+    no_loader_threads()
 
 
 def test_an_error_in_the_plan_reaches_the_consumer() -> None:
@@ -292,23 +302,27 @@ def test_an_error_in_the_plan_reaches_the_consumer() -> None:
 
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("prefetch", [1, 3])
-def test_leaving_the_loop_early_leaves_no_thread(workers: int, prefetch: int) -> None:
+def test_leaving_the_loop_early_leaves_no_thread(
+    workers: int, prefetch: int, no_loader_threads: Callable[[], None]
+) -> None:
     """Left while the producer waits for room in a full queue, which is where it would stay."""
     samples = MemorySamples()
+    loader = make_loader(samples, workers=workers, prefetch=prefetch)
 
     def leave() -> None:
-        for _ in make_loader(samples, workers=workers, prefetch=prefetch):
+        for _ in loader:
             deadline = time.monotonic() + 20
-            # Delivered, queued, and the one that the producer holds in its hands.
-            while samples.num_read < min(8 * (prefetch + 2), NUM) and time.monotonic() < deadline:
+            # Delivered, queued, and the two that the producer holds in its hands.
+            while samples.num_read < min(8 * (prefetch + 3), NUM) and time.monotonic() < deadline:
                 time.sleep(0.001)
             assert loader_threads() != []
             break
 
     within(30, leave)
-    assert samples.num_read >= 8 * (prefetch + 2)
+    assert samples.num_read >= min(8 * (prefetch + 3), NUM)
     assert samples.num_read < NUM or prefetch == 3
-    assert loader_threads() == []
+    loader.close()
+    no_loader_threads()
 
 
 def test_the_producer_stays_within_its_prefetch() -> None:
@@ -316,13 +330,14 @@ def test_the_producer_stays_within_its_prefetch() -> None:
     batches = iter(make_loader(samples, plan_of(samples, 1), prefetch=2))
     next(batches)
     time.sleep(0.2)  # an idle producer would by now have read everything
-    assert samples.num_read <= 1 + 2 + 1
+    assert samples.num_read <= 1 + 2 + 2  # delivered, queued, in the producer's hands
     assert [len(batch.index) for batch in batches] == [1] * (NUM - 1)
 
 
 def test_an_unused_iterator_starts_nothing() -> None:
+    before = loader_threads()
     iter(make_loader(MemorySamples()))
-    assert loader_threads() == []
+    assert loader_threads() == before
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (60, 60)])

@@ -1,6 +1,7 @@
 """Verify and info, and a seeded campaign of damage: refused or harmless, never a crash, a hang or a wrong picture."""
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from fasttht.pipelines.beton import BetonFile
 from fasttht.pipelines.beton_write import write_beton
 from fasttht.pipelines.datasets import Sample, digits
 from fasttht.pipelines.decode_turbo import decode_rgb
+from fasttht.pipelines.loader import Loader
 from fasttht.pipelines.manifest import manifest_path, read_manifest
+from fasttht.pipelines.plan import Augment, EpochPlan
 from fasttht.pipelines.split_writer import write_split
 from fasttht.pipelines.verify import SHOWN_PROBLEMS, describe_beton, find_betons, verify_beton
 from fasttht.pipelines.writer import write_dataset
@@ -298,13 +301,25 @@ def pictures_of(path: Path) -> dict[int, tuple[int, bytes] | None]:
     return found
 
 
+def shown_by(path: Path) -> dict[int, tuple[int, bytes]]:
+    """Return label and pixels of every row that the loader shows in one pass, bad ones replaced by others."""
+    beton = BetonFile(path)
+    plan = EpochPlan(num_samples=len(beton), batch_size=3, seed=1, augment=Augment())
+    found: dict[int, tuple[int, bytes]] = {}
+    with closing(Loader(beton, plan, img_size=6, on_bad="replace", stall_s=20)) as loader:
+        for batch in loader:
+            for row, label, image in zip(batch.index.tolist(), batch.y.tolist(), batch.x, strict=True):
+                found[row] = label, image.numpy().tobytes()
+    return found
+
+
 @pytest.mark.parametrize("with_manifest", [True, False])
 def test_damage_is_refused_or_harmless(
     with_manifest: bool, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a manifest every picture and label that is read is the right one; without, nothing but DataError comes."""
     monkeypatch.setattr("fasttht.pipelines.verify._ask_stock_reader", lambda _: ("not asked", True))
-    content, pristine = good.read_bytes(), pictures_of(good)
+    content, pristine, shown = good.read_bytes(), pictures_of(good), shown_by(good)
     samples = [BetonFile(good).sample(row).data.tobytes() for row in range(8)]
     start = content.index(samples[0])
     images = (start, content.index(samples[-1]) + len(samples[-1]))
@@ -329,6 +344,10 @@ def test_damage_is_refused_or_harmless(
         assert verdict.num_problems == len(bad_rows), name
         assert not (with_manifest and wrong), name
         assert not with_manifest or len(found) == 8, name
+        if len(bad_rows) <= len(found) / 2 and len(found) >= 3:
+            now = shown_by(path)
+            assert not now.keys() & set(bad_rows), name
+            assert not with_manifest or now.items() <= shown.items(), name
     assert sum(outcomes.values()) >= 300, outcomes
     # Every kind of outcome was met: the campaign reaches what it is meant to reach.
     assert min(outcomes["refused"], outcomes["row refused"]) >= (50 if with_manifest else 5), outcomes
