@@ -14,9 +14,9 @@ from fasttht.models.clean_encoder import CleanEncoder, load_frozen
 from fasttht.models.two_head import TwoHead
 from fasttht.objectives import OBJECTIVES
 from fasttht.pipelines import backends
-from fasttht.pipelines.datasets import Paged
 from fasttht.pipelines.loader import Loader
 from fasttht.pipelines.plan import Augment, EpochPlan
+from fasttht.pipelines.samples import Paged
 from fasttht.pipelines.splits import Splits
 from fasttht.schedule import Schedule
 from fasttht.state import TrainState

@@ -6,9 +6,9 @@ import importlib.util
 
 import torch
 
-from fasttht.pipelines.datasets import Samples
 from fasttht.pipelines.decoder import Decoder
 from fasttht.pipelines.host_memory import HostMemory
+from fasttht.pipelines.samples import Samples
 from fasttht.pipelines.stages import Stages
 
 DECODERS = ("turbo", "ffcv", "dali-cpu", "dali-gpu", "synthetic")

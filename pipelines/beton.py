@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fasttht.pipelines import DataError
-from fasttht.pipelines.datasets import Sample
 from fasttht.pipelines.decode_turbo import image_size
 from fasttht.pipelines.manifest import manifest_path, read_manifest
 from fasttht.pipelines.plan import Index
+from fasttht.pipelines.samples import Sample
 
 DEFAULT_PAGE_SIZE = 8 << 20
 MIN_PAGE_SIZE = 2 << 20

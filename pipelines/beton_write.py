@@ -27,8 +27,8 @@ from fasttht.pipelines.beton import (
     MIN_PAGE_SIZE,
     MODES,
 )
-from fasttht.pipelines.datasets import Sample
 from fasttht.pipelines.manifest import replacing
+from fasttht.pipelines.samples import Sample
 
 _ROW = np.dtype([("image", IMAGE_ROW), ("label", "<i8")], align=True)
 

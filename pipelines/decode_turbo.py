@@ -13,7 +13,6 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -23,13 +22,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fasttht.pipelines import DataError
-
-if TYPE_CHECKING:
-    from fasttht.pipelines.datasets import Sample
-    from fasttht.pipelines.decoder import Cut
-    from fasttht.pipelines.stages import Track
-
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+from fasttht.pipelines.decoder import Cut
+from fasttht.pipelines.samples import Pixels, Sample
+from fasttht.pipelines.stages import Track
 
 # The loader already runs one thread per worker; OpenCV's own pool would oversubscribe the cores.
 cv2.setNumThreads(1)
@@ -45,7 +40,7 @@ def image_size(data: Pixels) -> tuple[int, int]:
 
     Raises: DataError if the header of neither a JPEG nor any format Pillow knows can be read.
     """
-    if _is_jpeg(data) and (header := _jpeg_header(data)) is not None:
+    if is_jpeg(data) and (header := jpeg_header(data)) is not None:
         return header[0], header[1]
     with _pillow(data) as image:
         return image.height, image.width
@@ -67,8 +62,8 @@ def decode_rgb(sample: Sample, *, denominator: int = 1) -> Pixels:
         if data.size != expected:
             raise DataError(f"expected {expected} raw bytes ({sample.height}x{sample.width}x3), got {data.size}")
         return data.reshape(sample.height, sample.width, 3)
-    if _is_jpeg(data):
-        header = _jpeg_header(data)
+    if is_jpeg(data):
+        header = jpeg_header(data)
         # Four inks have no one conversion to RGB: Pillow's is taken, which torchvision's loader takes too.
         if header is not None and header[2] not in ("CMYK", "YCCK"):
             height, width = (-(-side // denominator) for side in header[:2])
@@ -82,11 +77,12 @@ def decode_rgb(sample: Sample, *, denominator: int = 1) -> Pixels:
         return np.asarray(image.convert("RGB"))
 
 
-def _is_jpeg(data: Pixels) -> bool:
+def is_jpeg(data: Pixels) -> bool:
+    """Return whether encoded bytes begin as a JPEG does."""
     return data[:2].tobytes() == b"\xff\xd8"
 
 
-def _jpeg_header(data: Pixels) -> tuple[int, int, str] | None:
+def jpeg_header(data: Pixels) -> tuple[int, int, str] | None:
     """Return (height, width, colour space), or None for a legal JPEG whose chroma layout simplejpeg cannot name."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -100,7 +96,7 @@ def _jpeg_header(data: Pixels) -> tuple[int, int, str] | None:
 @contextmanager
 def _pillow(data: Pixels) -> Iterator[Image.Image]:
     """Open an image with Pillow; whatever it cannot read, then or while it is used, becomes a DataError."""
-    wanted = "a whole JPEG" if _is_jpeg(data) else "an image"
+    wanted = "a whole JPEG" if is_jpeg(data) else "an image"
     try:
         with Image.open(io.BytesIO(data.tobytes())) as image:
             yield image
@@ -165,7 +161,7 @@ def _scale_denominator(sample: Sample, cut: Cut, size: int) -> int:
     Only where the window stays at least twice the output: then the pixels are within 1/255 on average of those of a
     full decode (without that margin within 3/255). Other factors take longer than a full decode. Never in evaluation.
     """
-    if cut.short_side is not None or not _is_jpeg(sample.data) or sample.mode == "raw":
+    if cut.short_side is not None or not is_jpeg(sample.data) or sample.mode == "raw":
         return 1
     side = min(cut.window[2:])
     return next((denominator for denominator in (4, 2) if side >= 2 * denominator * size), 1)

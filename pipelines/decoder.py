@@ -34,8 +34,7 @@ class Request:
     """One step's share of one rank. All arrays have B rows.
 
     index: dataset rows, int64. shapes: announced (height, width). windows: (top, left, height, width). flips: mirror
-    left to right. short_side: see Cut; the windows then hold the nearest whole-pixel crop, for decoders that cut
-    before they resize.
+    left to right. short_side: see Cut; the windows are then whole images.
     """
 
     index: Index

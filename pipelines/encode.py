@@ -12,8 +12,8 @@ import simplejpeg
 
 from fasttht.pipelines import DataError
 from fasttht.pipelines.beton import MAX_SIDE
-from fasttht.pipelines.datasets import Sample
-from fasttht.pipelines.decode_turbo import Pixels, decode_rgb
+from fasttht.pipelines.decode_turbo import decode_rgb
+from fasttht.pipelines.samples import Pixels, Sample
 
 Encode = Literal["passthrough", "jpeg", "raw"]
 Outcome = Literal["passthrough", "reencoded", "resized", "raw"]

@@ -14,10 +14,10 @@ import numpy as np
 
 from fasttht.pipelines import DataError, ResourceError
 from fasttht.pipelines.beton import DEFAULT_PAGE_SIZE
-from fasttht.pipelines.datasets import Samples
 from fasttht.pipelines.encode import Encoding, encode_sample
 from fasttht.pipelines.ordered import count_workers, map_ordered
 from fasttht.pipelines.plan import STREAM_WRITE, hash_rows
+from fasttht.pipelines.samples import Samples
 
 # A sample of this many images is taken in any case: of a small set, that is all of it.
 _LEAST = 128

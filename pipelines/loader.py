@@ -22,10 +22,10 @@ import torch
 
 from fasttht.pipelines import DataError, ResourceError
 from fasttht.pipelines.backends import open_decoder
-from fasttht.pipelines.datasets import Samples
 from fasttht.pipelines.decoder import Decoder
 from fasttht.pipelines.plan import EpochPlan
 from fasttht.pipelines.producer import BadSample, Batch, Item, Producer, Ready
+from fasttht.pipelines.samples import Samples
 from fasttht.pipelines.stages import Stages
 
 __all__ = ["Batch", "Loader"]

@@ -75,7 +75,7 @@ class EpochPlan:
 
     Training (`augment` given): a permutation of all samples, cut into global batches; with `drop_last` the short
     tail is left out of this epoch (another epoch's permutation has another tail). Evaluation (`augment=None`):
-    file order, every sample once, centre windows of `crop_pct` of the short side, no flip.
+    file order, every sample once, whole images, no flip; of each the centre is shown, `crop_pct` of its short side.
     Ranks take contiguous slices of each global batch, so the order does not depend on the world size.
 
     pages: None, or the page of the file that each row lies in: the `paged` order, for files larger than memory. The
@@ -147,7 +147,7 @@ class EpochPlan:
     def windows(self, index: Index, heights: Index, widths: Index) -> Windows:
         """Return the crop of every sample as (top, left, height, width) rows, int64, inside the image."""
         if self.augment is None:
-            return _center_windows(heights, widths, self.crop_pct)
+            return np.stack([0 * heights, 0 * widths, heights, widths], axis=1)
         keys = hash_rows(STREAM_WINDOW, self.seed, self.epoch, 0, index)
         return _random_resized_windows(keys, heights, widths, self.augment)
 
@@ -157,11 +157,6 @@ class EpochPlan:
             return np.zeros(len(index), dtype=np.bool_)
         keys = hash_rows(STREAM_FLIP, self.seed, self.epoch, 0, index)
         return uniforms(keys, 1)[:, 0] < self.augment.hflip
-
-
-def _center_windows(heights: Index, widths: Index, crop_pct: float) -> Windows:
-    side = np.maximum(1, np.round(np.minimum(heights, widths) * crop_pct)).astype(np.int64)
-    return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
 
 
 def _random_resized_windows(keys: Words, heights: Index, widths: Index, augment: Augment) -> Windows:

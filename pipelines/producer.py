@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fasttht.pipelines import DataError
-from fasttht.pipelines.datasets import Paged, Samples
 from fasttht.pipelines.decode_turbo import decode_into
 from fasttht.pipelines.decoder import Decoded, Decoder, Job, Request
 from fasttht.pipelines.plan import EpochPlan, Index
+from fasttht.pipelines.samples import Paged, Samples
 from fasttht.pipelines.stages import IDLE, Stages, Track
 
 # How often a waiting producer looks up at its stop sign.

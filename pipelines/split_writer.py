@@ -21,12 +21,12 @@ import numpy as np
 from fasttht.pipelines import DataError, ResourceError
 from fasttht.pipelines.beton import MODES, BetonFile
 from fasttht.pipelines.beton_write import BetonWriter
-from fasttht.pipelines.datasets import Sample, Samples
 from fasttht.pipelines.encode import OUTCOMES, REMARKS, Encode, Encoding, encode_sample, find_remarks
 from fasttht.pipelines.journal import RECORD, Records, append_commit, check_settings, journal_path, read_journal
 from fasttht.pipelines.manifest import Manifest, manifest_path, read_manifest, write_manifest
 from fasttht.pipelines.ordered import count_workers, map_ordered
 from fasttht.pipelines.plan import STREAM_WRITE, Index, hash_rows
+from fasttht.pipelines.samples import Sample, Samples
 
 OnError = Literal["abort", "skip"]
 

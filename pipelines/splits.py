@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from fasttht.pipelines import DataError
 from fasttht.pipelines.beton import BetonFile
-from fasttht.pipelines.datasets import Samples, folder_splits
+from fasttht.pipelines.cache import cache_folder
+from fasttht.pipelines.datasets import folder_splits
+from fasttht.pipelines.samples import Samples
 from fasttht.pipelines.writer import write_dataset
 
 
@@ -57,16 +58,9 @@ def open_splits(data: Path | None) -> Splits:
 def _cached_digits() -> Path:
     """Return the folder with the digits' .beton files, writing them first if they are not there.
 
-    Below XDG_CACHE_HOME, else ~/.cache, else, where that cannot be written, a temporary folder of this user. Runs
-    that start at the same moment each write their own copy and move it in file by file: all copies are equal.
+    Runs that start at the same moment each write their own copy and move it in file by file: all copies are equal.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(home, "fasttht", "digits-v1")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        folder = Path(tempfile.gettempdir(), f"fasttht-{os.getuid()}", "digits-v1")
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder("digits-v1")
     if not all((folder / f"{split}.beton").exists() for split in ("train", "val")):
         with tempfile.TemporaryDirectory(dir=folder) as own:
             write_dataset("digits", None, own)

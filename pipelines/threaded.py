@@ -13,10 +13,9 @@ import weakref
 from collections.abc import Callable
 
 from fasttht.pipelines import DataError
-from fasttht.pipelines.datasets import Sample, Samples
-from fasttht.pipelines.decode_turbo import Pixels
 from fasttht.pipelines.decoder import Cut, Decoded, Request
 from fasttht.pipelines.host_memory import HostMemory
+from fasttht.pipelines.samples import Pixels, Sample, Samples
 from fasttht.pipelines.stages import IDLE, Stages, Track
 
 DecodeInto = Callable[[Sample, Cut, Pixels, Track], None]

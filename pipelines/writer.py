@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
-from fasttht.pipelines.datasets import Samples, digits, folder_splits, imagenet_splits
+from fasttht.pipelines.datasets import digits, folder_splits, imagenet_splits
 from fasttht.pipelines.encode import Encode, Encoding
 from fasttht.pipelines.estimate import Estimate, check_space, estimate_split
 from fasttht.pipelines.manifest import manifest_path
+from fasttht.pipelines.samples import Samples
 from fasttht.pipelines.split_writer import (
     MAX_ERRORS,
     OnError,

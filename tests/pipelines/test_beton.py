@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from fasttht.pipelines import DataError
 from fasttht.pipelines.beton import MIN_PAGE_SIZE, BetonFile
 from fasttht.pipelines.beton_write import write_beton
-from fasttht.pipelines.datasets import Sample
 from fasttht.pipelines.decode_turbo import decode_rgb
 from fasttht.pipelines.manifest import Manifest, manifest_path, read_manifest, write_manifest
+from fasttht.pipelines.samples import Sample
 
 FFCV_REASON = 'stock FFCV is the other side of this test; run: pip install "fasttht[ffcv]"'
 # Stock FFCV on today's Python and numba; nothing of it is ours.

@@ -16,13 +16,13 @@ from fasttht.pipelines import DataError
 from fasttht.pipelines.datasets import (
     DigitsSamples,
     ImageTree,
-    Samples,
     Subset,
     digits,
     folder_splits,
     imagenet_splits,
 )
 from fasttht.pipelines.decode_turbo import decode_rgb
+from fasttht.pipelines.samples import Samples
 
 WNIDS = ["n01440764", "n01443537", "n02102040"]
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fasttht.pipelines import DataError
-from fasttht.pipelines.datasets import Sample
 from fasttht.pipelines.decode_turbo import (
     crop_resize_into,
     decode_into,
@@ -23,6 +22,7 @@ from fasttht.pipelines.decode_turbo import (
     resize_center_into,
 )
 from fasttht.pipelines.decoder import Cut
+from fasttht.pipelines.samples import Sample
 from fasttht.pipelines.stages import Stages
 
 Pixels = npt.NDArray[np.uint8]

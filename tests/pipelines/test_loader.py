@@ -15,10 +15,10 @@ import simplejpeg
 import torch
 
 from fasttht.pipelines import DataError
-from fasttht.pipelines.datasets import Sample
 from fasttht.pipelines.decode_turbo import crop_resize_into, decode_rgb, resize_center_into
 from fasttht.pipelines.loader import Batch, Loader
 from fasttht.pipelines.plan import Augment, EpochPlan, Index
+from fasttht.pipelines.samples import Sample
 
 SIZE = 12
 NUM = 41

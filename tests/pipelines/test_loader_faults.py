@@ -20,10 +20,10 @@ import torch
 from fasttht.pipelines import DataError, ResourceError
 from fasttht.pipelines.beton import MIN_PAGE_SIZE, BetonFile
 from fasttht.pipelines.beton_write import write_beton
-from fasttht.pipelines.datasets import Paged, Sample
 from fasttht.pipelines.host_memory import HostMemory
 from fasttht.pipelines.loader import Batch, Loader
 from fasttht.pipelines.plan import Augment, EpochPlan, Index
+from fasttht.pipelines.samples import Paged, Sample
 
 SIZE = 9
 

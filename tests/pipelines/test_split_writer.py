@@ -19,13 +19,14 @@ from PIL import Image
 
 from fasttht.pipelines import DataError, ResourceError, split_writer
 from fasttht.pipelines.beton import BetonFile
-from fasttht.pipelines.datasets import ImageTree, Sample, digits
+from fasttht.pipelines.datasets import ImageTree, digits
 from fasttht.pipelines.decode_turbo import decode_rgb
 from fasttht.pipelines.encode import Encoding, encode_sample, find_remarks
 from fasttht.pipelines.estimate import check_space, estimate_split
 from fasttht.pipelines.journal import journal_path, read_journal
 from fasttht.pipelines.manifest import manifest_path, read_manifest
 from fasttht.pipelines.ordered import map_ordered
+from fasttht.pipelines.samples import Sample
 from fasttht.pipelines.split_writer import Tally, write_split
 from fasttht.pipelines.writer import plan_dataset, write_dataset
 

@@ -12,11 +12,12 @@ import simplejpeg
 from fasttht.pipelines import DataError
 from fasttht.pipelines.beton import BetonFile
 from fasttht.pipelines.beton_write import write_beton
-from fasttht.pipelines.datasets import Sample, digits
+from fasttht.pipelines.datasets import digits
 from fasttht.pipelines.decode_turbo import decode_rgb
 from fasttht.pipelines.loader import Loader
 from fasttht.pipelines.manifest import manifest_path, read_manifest
 from fasttht.pipelines.plan import Augment, EpochPlan
+from fasttht.pipelines.samples import Sample
 from fasttht.pipelines.split_writer import write_split
 from fasttht.pipelines.verify import SHOWN_PROBLEMS, describe_beton, find_betons, verify_beton
 from fasttht.pipelines.writer import write_dataset

@@ -17,10 +17,11 @@ from PIL import Image
 
 from fasttht.pipelines import DataError
 from fasttht.pipelines.beton import BetonFile
-from fasttht.pipelines.datasets import ImageTree, Sample, digits
+from fasttht.pipelines.datasets import ImageTree, digits
 from fasttht.pipelines.decode_turbo import decode_rgb
 from fasttht.pipelines.encode import Encoding, encode_sample
 from fasttht.pipelines.manifest import read_manifest
+from fasttht.pipelines.samples import Sample
 from fasttht.pipelines.split_writer import Tally, write_split
 from fasttht.pipelines.writer import write_dataset
 
