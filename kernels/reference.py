@@ -4,12 +4,25 @@ Draws are counter-based. A row key hashes (stream, seed, epoch, step, dataset in
 SplitMix64's e-th output from the key. The bits are the same on CPU and GPU, for any batch split, world size or
 order of evaluation, and the global RNG is never touched. `pipelines/plan.py` states the same hash in numpy;
 tests/test_draws.py holds the two together.
+
+Pixels are float in [0, 1], or uint8 levels on the lattice that 8-bit images lie on. There eps and alpha are integers
+and every step is exact.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+# How the model's input is laid out in memory; see model_input.
+Layout = Literal["plain", "pad4", "s2d"]
+
+# The convolution (stride, padding) that equals a 7x7 one of stride 2 and padding 3, given stem_weight(weight, layout).
+STEM_CONV: dict[Layout, tuple[int, int]] = {"plain": (2, 3), "pad4": (2, 3), "s2d": (1, 0)}
 
 # Streams keep draws of different purposes independent even where the other counters agree.
 STREAM_START = 0x5354
@@ -39,14 +52,19 @@ def mix64(z: Tensor) -> Tensor:
     return z ^ _shift_right(z, 31)
 
 
-def row_keys(stream: int, seed: int, epoch: int, step: int, index: Tensor) -> Tensor:
+def int64(word: int) -> int:
+    """Wrap an integer to 64 bits, as the int64 that torch can hold."""
+    return _signed(word & (2**64 - 1))
+
+
+def row_keys(stream: int, seed: int | Tensor, epoch: int | Tensor, step: int | Tensor, index: Tensor) -> Tensor:
     """Hash the counters of a draw to one key per row.
 
-    Shapes: index (B,) int64; returns (B,) int64.
+    Shapes: index (B,) int64; counters that are tensors () int64 on its device; returns (B,) int64.
     """
     key = torch.zeros((), dtype=torch.int64, device=index.device)
     for word in (stream, seed, epoch, step):
-        key = mix64((key ^ _signed(word & (2**64 - 1))) + GOLDEN)
+        key = mix64((key ^ (word if isinstance(word, Tensor) else int64(word))) + GOLDEN)
     return mix64((key ^ index) + GOLDEN)
 
 
@@ -60,7 +78,16 @@ def draw_uniform(keys: Tensor, element: Tensor) -> Tensor:
     return _shift_right(draw_bits(keys, element), 40).to(torch.float32) * 2.0**-24
 
 
-def draw_start(x: Tensor, index: Tensor, *, eps: float, clean_prob: float, seed: int, epoch: int, step: int) -> Tensor:
+def draw_start(
+    x: Tensor,
+    index: Tensor,
+    *,
+    eps: float,
+    clean_prob: float,
+    seed: int | Tensor,
+    epoch: int | Tensor,
+    step: int | Tensor,
+) -> Tensor:
     """Draw the attack's starting point: x plus uniform noise, inside the ball and the image range.
 
     With probability `clean_prob` the whole batch starts from x itself (one draw per step, not per image).
@@ -68,18 +95,59 @@ def draw_start(x: Tensor, index: Tensor, *, eps: float, clean_prob: float, seed:
     Shapes: x (B, C, H, W) in [0, 1]; index (B,) int64 dataset rows; returns a new tensor like x.
     The element counter is the logical (c, h, w) position, so the memory format does not change the draw.
     """
+    noise = draw_uniform(row_keys(STREAM_START, seed, epoch, step, index).view(-1, 1, 1, 1), _element(x))
+    noise = noise.mul_(2).sub_(1).to(x.dtype)
+    moves = _moves(index, clean_prob, seed, epoch, step)
+    return clip_to_ball_(x + noise * (eps * moves.to(x.dtype)), x, eps)
+
+
+def draw_lattice_start(
+    x: Tensor,
+    index: Tensor,
+    *,
+    eps: int,
+    clean_prob: float,
+    seed: int | Tensor,
+    epoch: int | Tensor,
+    step: int | Tensor,
+) -> Tensor:
+    """Draw the attack's starting point on the lattice: x plus integer offsets uniform in -eps .. eps, clipped.
+
+    It reads the bits of draw_start (a run uses one or the other): the top 32, scaled to 0 .. 2*eps by multiply-shift,
+    so that an offset's probability is off by less than 2**-32.
+
+    Shapes: x (B, C, H, W) uint8; index (B,) int64 dataset rows; returns a new tensor like x.
+    """
+    bits = draw_bits(row_keys(STREAM_START, seed, epoch, step, index).view(-1, 1, 1, 1), _element(x))
+    offset = _shift_right(_shift_right(bits, 32) * (2 * eps + 1), 32) - eps
+    moves = _moves(index, clean_prob, seed, epoch, step)
+    return (x + offset * moves).clamp_(0, 255).to(torch.uint8)
+
+
+def _element(x: Tensor) -> Tensor:
+    """Number the elements of an image by logical position, in the memory format of x: (1, C, H, W) int64."""
     channels, height, width = x.shape[1:]
     element = torch.arange(channels * height * width, device=x.device).view(1, channels, height, width)
     if x.is_contiguous(memory_format=torch.channels_last):
         element = element.contiguous(memory_format=torch.channels_last)
-    keys = row_keys(STREAM_START, seed, epoch, step, index)
-    noise = draw_uniform(keys.view(-1, 1, 1, 1), element).mul_(2).sub_(1).to(x.dtype)
+    return element
+
+
+def _moves(index: Tensor, clean_prob: float, seed: int | Tensor, epoch: int | Tensor, step: int | Tensor) -> Tensor:
+    """Return (1,) bool: whether this step's batch leaves the clean images at all."""
     batch_key = row_keys(STREAM_CLEAN_START, seed, epoch, step, index.new_zeros(1))
-    moves = draw_uniform(batch_key, index.new_zeros(1)) >= clean_prob
-    return clip_to_ball_(x + noise * (eps * moves.to(x.dtype)), x, eps)
+    return draw_uniform(batch_key, index.new_zeros(1)) >= clean_prob
 
 
-def draw_target(y: Tensor, index: Tensor, num_classes: int, *, seed: int, epoch: int, step: int) -> Tensor:
+def draw_target(
+    y: Tensor,
+    index: Tensor,
+    num_classes: int,
+    *,
+    seed: int | Tensor,
+    epoch: int | Tensor,
+    step: int | Tensor,
+) -> Tensor:
     """Draw a target class for every image, uniform over the classes that are not its label.
 
     Shapes: y (B,), index (B,) int64; returns (B,) int64.
@@ -107,6 +175,16 @@ def pgd_linf_step_(x_adv: Tensor, grad: Tensor, x: Tensor, *, eps: float, alpha:
     """
     x_adv.add_(sign(grad), alpha=alpha)
     clip_to_ball_(x_adv, x, eps)
+
+
+def pgd_lattice_step_(x_adv: Tensor, grad: Tensor, x: Tensor, *, eps: int, alpha: int) -> None:
+    """Take one linf ascent step along `grad` on the lattice and project, in place. A negative alpha descends.
+
+    Shapes: all (B, C, H, W); x_adv, x uint8, grad float. eps and alpha are in levels (1/255 of the range).
+    """
+    clean = x.to(torch.int16)
+    moved = x_adv.to(torch.int16) + sign(grad).to(torch.int16) * alpha
+    x_adv.copy_(moved.clamp_(min=(clean - eps).clamp_(min=0), max=(clean + eps).clamp_(max=255)))
 
 
 def free_delta_step_(delta: Tensor, grad: Tensor, skip: Tensor, *, eps: float, alpha: float) -> None:
@@ -137,3 +215,123 @@ def bank_write_(features: Tensor, index: Tensor, ptr: Tensor, feat: Tensor, feat
     features.index_copy_(0, slots, feat[skipped:].to(features.dtype))
     index.index_copy_(0, slots, feat_index[skipped:])
     ptr.add_(rows).remainder_(size)
+
+
+def drelu_add_(grad: Tensor, other: Tensor | None, out: Tensor) -> None:
+    """Run relu(a + b) backward, in place: grad = grad + other where the output is positive, else 0.
+
+    Shapes: all the same; `other` is the gradient that comes in beside `grad`, if any, and `out` the ReLU's output.
+    As in torch's threshold_backward, what is tested is out <= 0: a NaN in `out` lets the gradient through, and a NaN
+    or infinite gradient is exactly 0 where the output is not positive.
+    """
+    if other is not None:
+        grad.add_(other)
+    grad.masked_fill_(out <= 0, 0)
+
+
+def input_shape(shape: Sequence[int], layout: Layout) -> tuple[int, int, int, int]:
+    """Return the shape of the model's input for images of this shape (B, 3, H, W)."""
+    batch, channels, height, width = shape
+    if layout == "s2d":
+        return batch, 4 * channels, height // 2 + 3, width // 2 + 3
+    return batch, 4 if layout == "pad4" else channels, height, width
+
+
+def model_input(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, layout: Layout) -> Tensor:
+    """Normalise images, round them to `dtype` and lay them out for the first convolution; channels last.
+
+    - plain: (B, 3, H, W).
+    - pad4: (B, 4, H, W), the fourth channel zero.
+    - s2d: (B, 12, H/2 + 3, W/2 + 3), H and W even. Each 2x2 square becomes one position: pixel (2i + dy, 2j + dx)
+      of channel c is at (i + 2, j + 2) of channel (2*dy + dx)*3 + c. The border is zero, two before and one after:
+      the padding of the 7x7 convolution, which torch's symmetric padding cannot express.
+
+    Shapes: x (B, 3, H, W), float in [0, 1] or uint8 levels. Computed in float32 (float64 where x is).
+    """
+    x = u8_to_input(x) if x.dtype == torch.uint8 else x
+    shape = (1, 3, 1, 1)
+    mean_t = torch.tensor(mean, dtype=x.dtype, device=x.device).view(shape)
+    std_t = torch.tensor(std, dtype=x.dtype, device=x.device).view(shape)
+    unit = ((x - mean_t) / std_t).to(dtype)
+    if layout == "pad4":
+        unit = F.pad(unit, (0, 0, 0, 0, 0, 1))
+    elif layout == "s2d":
+        unit = F.pad(_space_to_depth(unit), (2, 1, 2, 1))
+    return unit.contiguous(memory_format=torch.channels_last)
+
+
+def image_grad(grad: Tensor, layout: Layout) -> Tensor:
+    """Bring a gradient with respect to the model's input back to (B, 3, H, W), one element per pixel and channel.
+
+    Its sign is that of the gradient with respect to the image, because every std is positive.
+    """
+    if layout == "pad4":
+        return grad[:, :3]
+    if layout == "s2d":
+        inner = grad[:, :, 2:-1, 2:-1]
+        batch, _, height, width = inner.shape
+        pixels = inner.reshape(batch, 2, 2, 3, height, width).permute(0, 3, 4, 1, 5, 2)
+        return pixels.reshape(batch, 3, 2 * height, 2 * width)
+    return grad
+
+
+def _space_to_depth(x: Tensor) -> Tensor:
+    """Turn (N, 3, 2i, 2j) into (N, 12, i, j), channel (2*dy + dx)*3 + c."""
+    rows, channels, height, width = x.shape
+    squares = x.reshape(rows, channels, height // 2, 2, width // 2, 2).permute(0, 3, 5, 1, 2, 4)
+    return squares.reshape(rows, 4 * channels, height // 2, width // 2)
+
+
+def stem_weight(weight: Tensor, layout: Layout) -> Tensor:
+    """Rewrite the weight of a 7x7 convolution of stride 2 and padding 3 for inputs in this layout.
+
+    Convolving model_input(..., layout) with the result, at STEM_CONV[layout], gives the same output. For s2d the tap
+    (ky, kx) of channel c moves to ((ky + 1) // 2, (kx + 1) // 2) of channel (2*dy + dx)*3 + c, with dy = (ky + 1) % 2
+    and dx = (kx + 1) % 2: a zero row and column in front make the 7x7 kernel 8x8, which then splits as the image does.
+
+    Shapes: weight (O, 3, 7, 7); returns (O, 3, 7, 7), (O, 4, 7, 7) or (O, 12, 4, 4). Differentiable.
+    """
+    if layout == "pad4":
+        return F.pad(weight, (0, 0, 0, 0, 0, 1))
+    if layout == "s2d":
+        return _space_to_depth(F.pad(weight, (1, 0, 1, 0)))
+    return weight
+
+
+def model_input_(out: Tensor, x: Tensor, mean: Sequence[float], std: Sequence[float], layout: Layout) -> None:
+    """Write model_input(x, ...) over the whole of `out`, zeros included."""
+    out.copy_(model_input(x, mean, std, out.dtype, layout))
+
+
+def pgd_linf_step_input_(
+    x_adv: Tensor,
+    out: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    *,
+    eps: float,
+    alpha: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    layout: Layout,
+) -> None:
+    """Take a step along the gradient with respect to the model's input, then write the next input to `out`."""
+    pgd_linf_step_(x_adv, image_grad(grad, layout), x, eps=eps, alpha=alpha)
+    model_input_(out, x_adv, mean, std, layout)
+
+
+def pgd_lattice_step_input_(
+    x_adv: Tensor,
+    out: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    *,
+    eps: int,
+    alpha: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    layout: Layout,
+) -> None:
+    """Do the same on the lattice."""
+    pgd_lattice_step_(x_adv, image_grad(grad, layout), x, eps=eps, alpha=alpha)
+    model_input_(out, x_adv, mean, std, layout)

@@ -22,7 +22,8 @@ install() {
   say "installing into $VENV what the tests need: some minutes and 3 GB the first time, skipped the next"
   install_system_packages
   ensure_torch
-  pip_install "fasttht, its test tools and DALI" -c "$VENV/constraints.txt" -e ".[test,dali]"
+  # DALI runs on the CPU, and NVRTC compiles the kernels, without a driver.
+  pip_install "fasttht, its test tools, DALI and NVRTC" -c "$VENV/constraints.txt" -e ".[test,dali,cuda12]"
   # ffcv declares opencv-python, whose files would overwrite those of opencv-python-headless, and a handful of
   # packages that only its benchmarks import. What "import ffcv" does import beside ours is on the next line.
   pip_install "ffcv's dependencies" -c "$VENV/constraints.txt" numba tqdm setuptools
