@@ -103,6 +103,10 @@ class AttackConfig:
     "Replays of each minibatch in free adversarial training; 1 disables it (standard training)."
     targeted: bool | None = None
     "Attack a random other class. Default: yes in standard training, no under --replay."
+    attack_engine: Literal["auto", "eager", "folded", "compiled", "fused"] = "auto"
+    "How standard training computes input gradients; all give the same but for rounding, see attacks/engine.py."
+    attack_bn: Literal["eval", "batch"] = "eval"
+    "BN in the attack: running statistics, or (eager only) those of the attacked batch; neither changes the running."
     start_clean_prob: float = 0.2
     "Share of training minibatches whose attack starts from the clean image; 0 disables."
 
@@ -243,6 +247,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
         method.objective = "at"
     if method.objective == "clean" and free:
         raise UsageError("--objective clean: expected no --replay, got --replay; clean training has no attack")
+    if attack.attack_bn == "batch" and attack.attack_engine not in ("auto", "eager"):
+        raise UsageError(
+            f"--attack-engine: expected eager beside --attack-bn batch, got {attack.attack_engine}; "
+            "statistics that differ from batch to batch cannot be folded into weights"
+        )
     if free and attack.targeted:
         raise UsageError("--replay: expected an untargeted attack, got --targeted; free training ascends on the label")
     check_ranges(config)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fasttht import checkpoint, kernels, log
-from fasttht.attacks.pgd import Draw, attack, evaluating
+from fasttht.attacks.pgd import Draw, attack, evaluating, input_gradient
 from fasttht.attacks.threat import Threat
 from fasttht.build import build_loader, build_model, open_device
 from fasttht.config import TrainConfig, check_ranges
@@ -84,14 +84,14 @@ def evaluate(
     """
     device = next(model.parameters()).device
     counts = torch.zeros(1 + len(attacks), dtype=torch.int64, device=device)
-    images = 0
+    images, gradient = 0, input_gradient(model.logits)
     with evaluating(model), _full_precision():
         for batch in loader:
             x = kernels.u8_to_input(batch.x)
             with torch.no_grad():
                 counts[0] += (model.logits(x).argmax(dim=1) == batch.y).sum()
             for i, threat in enumerate(attacks, start=1):
-                attacked = attack(model.logits, x, batch.y, batch.index, threat, Draw(seed), num_classes=num_classes)
+                attacked = attack(gradient, x, batch.y, batch.index, threat, Draw(seed), num_classes=num_classes)
                 with torch.no_grad():
                     counts[i] += (model.logits(attacked.x_adv).argmax(dim=1) == batch.y).sum()
             images += len(batch.y)

@@ -7,12 +7,14 @@ import copy
 import torch
 from torch import Tensor
 
+from fasttht.attacks.engine import Engine, build_engine
 from fasttht.attacks.free import FreeDelta
 from fasttht.bank import FeatureBank
 from fasttht.config import TrainConfig
 from fasttht.metrics import Meter
 from fasttht.models.clean_encoder import CleanEncoder, lerp_
 from fasttht.models.two_head import CosineClassifier, TwoHead, decay_groups
+from fasttht.objectives import OBJECTIVES
 from fasttht.schedule import Schedule
 
 
@@ -88,6 +90,9 @@ class TrainState:
         self.delta: FreeDelta | None = None
         if config.attack.replay > 1:
             self.delta = FreeDelta((optim.batch_size, 3, img_size, img_size), device=device, dtype=dtype)
+        self.engine: Engine | None = None
+        if OBJECTIVES[method.objective].attacked and config.attack.replay == 1:
+            self.engine = build_engine(config.attack, model, self.attack_logits, img_size=img_size, amp_dtype=amp_dtype)
         # progress
         self.step = 0
         self.meter = Meter(device)
@@ -97,7 +102,7 @@ class TrainState:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32)
 
     def attack_logits(self, x: Tensor) -> Tensor:
-        """Return f's logits as an attack sees them: under the run's autocast, in the mode f is in."""
+        """Return f's logits as the eager attack sees them: under the run's autocast, in the mode f is in."""
         with self.autocast():
             return self.model.logits(x)
 

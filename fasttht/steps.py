@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fasttht import kernels
 from fasttht.attacks.free import perturbed
-from fasttht.attacks.pgd import FP16_LOSS_SCALE, Draw, attack, evaluating
+from fasttht.attacks.pgd import Draw, attack
 from fasttht.attacks.threat import Threat
 from fasttht.config import TrainConfig
 from fasttht.objectives import OBJECTIVES, Views
@@ -51,20 +51,18 @@ def standard_step(state: TrainState, config: TrainConfig, batch: Batch, draw: Dr
 
     Mutates the state and nothing else; one backward per micro-batch.
     """
-    objective = OBJECTIVES[config.method.objective]
     threat = train_threat(config)
     before = state.statistics()
+    if state.engine is not None:
+        state.engine.refresh_()
     features = []
     for part in _parts(batch, config.optim.grad_accum_steps):
         x = kernels.u8_to_input(batch.x[part.rows], state.dtype)
         feat_clean = state.clean_features(x)
         x_adv = x
-        if objective.attacked:
-            with evaluating(state.model):
-                attacked = attack(
-                    state.attack_logits, x, part.y, part.index, threat, draw,
-                    num_classes=num_classes, loss_scale=FP16_LOSS_SCALE if state.amp_dtype == torch.float16 else 1.0,
-                )  # fmt: skip
+        if state.engine is not None:
+            gradient = state.engine.gradient
+            attacked = attack(gradient, x, part.y, part.index, threat, draw, num_classes=num_classes)
             x_adv = attacked.x_adv
             state.meter.add(zero_grad=attacked.zero_grad * part.share, nan_grad=attacked.nan_grad * part.share)
         _backward(state, config, Views(x, x_adv, part.y, part.index, feat_clean), part.share)

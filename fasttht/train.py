@@ -94,6 +94,8 @@ class Trainer:
             f"steps, batch {optim.batch_size}, lr {optim.lr:g}",
         ]
         lines.append(describe_loader(config, self.splits, self.device))
+        if self.state.engine is not None:
+            lines.append(f"attack engine {self.state.engine.name}: {self.state.engine.reason}")
         if self.objective.has_clean_encoder:
             lines.append(f"clean encoder {config.method.clean_encoder}, bank {config.method.bank_size}")
         if self.resumed:

@@ -57,8 +57,31 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+InputGradient = Callable[[Tensor, Tensor], Tensor]
+"""Images x (B, 3, H, W) and classes y (B,) to the gradient, like x, of the cross entropy's sum over the batch.
+
+Times any positive factor; one image's gradient does not depend on the others.
+"""
+
+
+def input_gradient(logits: Callable[[Tensor], Tensor], loss_scale: float = 1.0) -> InputGradient:
+    """Return the input gradient of a function from images to logits (B, C), by autograd.
+
+    The function runs in whatever mode and autocast the caller has put it in; parameter gradients are not touched.
+    """
+
+    def gradient(x: Tensor, y: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(True)
+            loss = F.cross_entropy(logits(leaf), y, reduction="sum") * loss_scale
+            (found,) = torch.autograd.grad(loss, leaf)
+        return found
+
+    return gradient
+
+
 def attack(
-    logits: Callable[[Tensor], Tensor],
+    gradient: InputGradient,
     x: Tensor,
     y: Tensor,
     index: Tensor,
@@ -66,42 +89,29 @@ def attack(
     draw: Draw,
     *,
     num_classes: int,
-    loss_scale: float = 1.0,
 ) -> Attacked:
     """Draw the target and the start, then run PGD; the last iterate is returned.
 
-    Shapes: x (B, 3, H, W) in [0, 1]; y (B,), index (B,) int64. `logits` maps images to (B, C), in whatever mode
-    and autocast the caller wants. Draws depend on (draw, index) alone, so any split of a batch gives the same.
+    Shapes: x (B, 3, H, W) in [0, 1]; y (B,), index (B,) int64. Draws depend on (draw, index) alone, so any split of a
+    batch gives the same.
     """
     counters = {"seed": draw.seed, "epoch": draw.epoch, "step": draw.step}
     start = kernels.draw_start(x, index, eps=threat.eps, clean_prob=threat.clean_prob, **counters)
     if threat.targeted:
         y = kernels.draw_target(y, index, num_classes, **counters)
-    return pgd_linf(logits, x, y, threat, start, loss_scale=loss_scale)
+    return pgd_linf(gradient, x, y, threat, start)
 
 
-def pgd_linf(
-    logits: Callable[[Tensor], Tensor],
-    x: Tensor,
-    y: Tensor,
-    threat: Threat,
-    start: Tensor,
-    *,
-    loss_scale: float = 1.0,
-) -> Attacked:
+def pgd_linf(gradient: InputGradient, x: Tensor, y: Tensor, threat: Threat, start: Tensor) -> Attacked:
     """Run `threat.steps` signed gradient steps from `start`, each projected on the ball and on [0, 1].
 
-    y is the label to move away from, or, if the threat is targeted, the class to move to. The loss is the sum over
-    the batch of the cross entropy, so one image's gradient does not depend on the batch size.
+    y is the label to move away from, or, if the threat is targeted, the class to move to.
     """
     alpha = -threat.alpha if threat.targeted else threat.alpha
     x_adv = start.detach().clone(memory_format=torch.preserve_format)
     zero_grad = nan_grad = torch.zeros((), device=x.device)
     for i in range(threat.steps):
-        with torch.enable_grad():
-            leaf = x_adv.detach().requires_grad_(True)
-            loss = F.cross_entropy(logits(leaf), y, reduction="sum") * loss_scale
-            (grad,) = torch.autograd.grad(loss, leaf)
+        grad = gradient(x_adv, y)
         if i == threat.steps - 1:
             zero_grad, nan_grad = (grad == 0).float().mean(), grad.isnan().float().mean()
         with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fasttht import kernels
-from fasttht.attacks.pgd import FP16_LOSS_SCALE, Attacked, Draw, attack, evaluating, pgd_linf
+from fasttht.attacks.pgd import FP16_LOSS_SCALE, Attacked, Draw, attack, evaluating, input_gradient, pgd_linf
 from fasttht.attacks.threat import Threat
 from fasttht.models.two_head import TwoHead
 
@@ -104,7 +104,7 @@ def test_attack_on_a_linear_model_ends_in_the_corner_of_the_ball(
     y = torch.arange(10, device=device) % num_classes
     threat = Threat(eps=eps, alpha=eps / 4, steps=9, targeted=targeted, clean_prob=clean_prob)
     logits = last_class_along(weight, num_classes)
-    attacked = attack(logits, x, y, index, threat, DRAW, num_classes=num_classes)
+    attacked = attack(input_gradient(logits), x, y, index, threat, DRAW, num_classes=num_classes)
     start = kernels.draw_start(x, index, eps=eps, clean_prob=clean_prob, **COUNTERS)
     wanted = kernels.draw_target(y, index, num_classes, **COUNTERS) if targeted else y
     # Away from the last class, or towards any other, is down along w.
@@ -122,7 +122,9 @@ def test_each_step_moves_every_pixel_by_alpha_until_the_border() -> None:
     eps, x, weight = 0.2, images(4, dtype=torch.float64) * 0.2 + 0.4, direction(dtype=torch.float64)
     for steps in range(5):
         threat = Threat(eps=eps, alpha=0.0625, steps=steps)
-        found = pgd_linf(last_class_along(weight, 2), x, torch.zeros(4, dtype=torch.int64), threat, x).x_adv
+        found = pgd_linf(
+            input_gradient(last_class_along(weight, 2)), x, torch.zeros(4, dtype=torch.int64), threat, x
+        ).x_adv
         expected = x + weight.sign() * min(steps * 0.0625, eps)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
 
@@ -143,7 +145,7 @@ def test_every_iterate_is_inside_the_ball_and_the_image_range(
         return model.logits(image)
 
     threat = Threat(eps=eps, alpha=alpha, steps=4, targeted=targeted)
-    attacked = attack(logits, x, labels(4), torch.arange(4), threat, DRAW, num_classes=CLASSES)
+    attacked = attack(input_gradient(logits), x, labels(4), torch.arange(4), threat, DRAW, num_classes=CLASSES)
     seen.append(attacked.x_adv)
     assert len(seen) == 5
     for iterate in seen:
@@ -162,7 +164,7 @@ def never(_x: Tensor) -> Tensor:
 def test_no_steps_give_the_random_start_without_a_forward(targeted: bool) -> None:
     x, index = images(5), torch.arange(5) * 3
     threat = Threat(eps=0.1, alpha=0.1, steps=0, targeted=targeted)
-    attacked = attack(never, x, labels(5), index, threat, DRAW, num_classes=CLASSES)
+    attacked = attack(input_gradient(never), x, labels(5), index, threat, DRAW, num_classes=CLASSES)
     assert torch.equal(attacked.x_adv, kernels.draw_start(x, index, eps=0.1, clean_prob=0, **COUNTERS))
     assert not torch.equal(attacked.x_adv, x)
     assert (float(attacked.zero_grad), float(attacked.nan_grad)) == (0, 0)
@@ -171,7 +173,9 @@ def test_no_steps_give_the_random_start_without_a_forward(targeted: bool) -> Non
 def test_a_ball_of_radius_zero_gives_the_image_itself(model: TwoHead) -> None:
     x = images(5, dtype=torch.float64)
     threat = Threat(eps=0, alpha=0.1, steps=3)
-    attacked = attack(model.eval().logits, x, labels(5), torch.arange(5), threat, DRAW, num_classes=CLASSES)
+    attacked = attack(
+        input_gradient(model.eval().logits), x, labels(5), torch.arange(5), threat, DRAW, num_classes=CLASSES
+    )
     assert torch.equal(attacked.x_adv, x)
     assert attacked.x_adv.data_ptr() != x.data_ptr()
 
@@ -179,7 +183,7 @@ def test_a_ball_of_radius_zero_gives_the_image_itself(model: TwoHead) -> None:
 def test_the_start_is_not_written_to(smooth: nn.Module) -> None:
     x = images(3, dtype=torch.float64)
     start = x.clone()
-    attacked = pgd_linf(smooth, x, labels(3), Threat(eps=0.1, alpha=0.1, steps=2), start)
+    attacked = pgd_linf(input_gradient(smooth), x, labels(3), Threat(eps=0.1, alpha=0.1, steps=2), start)
     assert torch.equal(start, x)
     assert not torch.equal(attacked.x_adv, x)
     assert not attacked.x_adv.requires_grad
@@ -190,7 +194,7 @@ def test_the_loss_of_no_image_is_lower_at_the_end_than_at_the_start(smooth: nn.M
     """Of the cross entropy to the label; targeted, that to the target is not higher."""
     x, index = images(16, dtype=torch.float64), torch.arange(16)
     threat = Threat(eps=0.05, alpha=0.005, steps=10, targeted=targeted)
-    attacked = attack(smooth, x, labels(16), index, threat, DRAW, num_classes=CLASSES)
+    attacked = attack(input_gradient(smooth), x, labels(16), index, threat, DRAW, num_classes=CLASSES)
     start = kernels.draw_start(x, index, eps=0.05, clean_prob=0, **COUNTERS)
     y = kernels.draw_target(labels(16), index, CLASSES, **COUNTERS) if targeted else labels(16)
     losses = [F.cross_entropy(smooth(at), y, reduction="none") for at in (start, attacked.x_adv)]
@@ -252,7 +256,9 @@ def test_attack_leaves_gradients_buffers_modes_and_rng_as_they_were(
         before = StateOf(mixed)
         with evaluating(mixed):
             assert not any(module.training for module in mixed.modules())
-            attacked = attack(mixed.logits, x, labels(4), torch.arange(4), threat, DRAW, num_classes=CLASSES)
+            attacked = attack(
+                input_gradient(mixed.logits), x, labels(4), torch.arange(4), threat, DRAW, num_classes=CLASSES
+            )
         before.check()
     assert not torch.equal(attacked.x_adv, x)
 
@@ -271,7 +277,7 @@ def test_attack_that_raises_midway_leaves_everything_as_it_was(mixed: TwoHead, f
     threat = Threat(eps=0.1, alpha=0.05, steps=3)
     x = images(4, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="out of memory"), evaluating(mixed):
-        attack(logits, x, labels(4), torch.arange(4), threat, DRAW, num_classes=CLASSES)
+        attack(input_gradient(logits), x, labels(4), torch.arange(4), threat, DRAW, num_classes=CLASSES)
     assert len(calls) == failing
     before.check()
 
@@ -292,7 +298,7 @@ def test_gradients_that_are_nan_or_zero_move_nothing_and_are_counted(smooth: nn.
     x = images(4, dtype=torch.float64) * 0.8 + 0.1
     where = torch.rand(x.shape, generator=generator()) < 0.3
     threat = Threat(eps=0.05, alpha=0.02, steps=3)
-    attacked = pgd_linf(poisoned(smooth, where, value), x, labels(4), threat, x)
+    attacked = pgd_linf(input_gradient(poisoned(smooth, where, value)), x, labels(4), threat, x)
     share = float(where.double().mean())
     zero, nan = (share, 0.0) if value == 0 else (0.0, share)
     assert float(attacked.zero_grad) == pytest.approx(zero)
@@ -312,14 +318,16 @@ def test_health_is_that_of_the_last_gradient(smooth: nn.Module, bad_calls: set[i
         found: Tensor = bad(at) if calls[-1] in bad_calls else smooth(at)
         return found
 
-    attacked = pgd_linf(logits, x, labels(2), Threat(eps=0.05, alpha=0.02, steps=3), x)
+    attacked = pgd_linf(input_gradient(logits), x, labels(2), Threat(eps=0.05, alpha=0.02, steps=3), x)
     assert float(attacked.zero_grad) == expected
 
 
 def test_infinite_gradients_step_by_alpha_like_any_other(smooth: nn.Module) -> None:
     x = images(2, dtype=torch.float64) * 0.8 + 0.1
     where = torch.ones_like(x, dtype=torch.bool)
-    attacked = pgd_linf(poisoned(smooth, where, float("-inf")), x, labels(2), Threat(eps=0.05, alpha=0.02, steps=1), x)
+    attacked = pgd_linf(
+        input_gradient(poisoned(smooth, where, float("-inf"))), x, labels(2), Threat(eps=0.05, alpha=0.02, steps=1), x
+    )
     torch.testing.assert_close(attacked.x_adv, x - 0.02, rtol=0, atol=1e-15)
 
 
@@ -331,7 +339,7 @@ def test_result_does_not_depend_on_how_the_batch_is_cut(model: TwoHead, targeted
 
     def run(rows: Tensor, steps: int) -> Attacked:
         threat = Threat(eps=0.1, alpha=0.03, steps=steps, targeted=targeted, clean_prob=0.5)
-        return attack(model.logits, x[rows], y[rows], index[rows], threat, DRAW, num_classes=CLASSES)
+        return attack(input_gradient(model.logits), x[rows], y[rows], index[rows], threat, DRAW, num_classes=CLASSES)
 
     everything = torch.arange(5)
     whole = {steps: run(everything, steps).x_adv for steps in (0, 3)}
@@ -346,7 +354,7 @@ def test_loss_scale_of_a_power_of_two_does_not_change_the_result(model: TwoHead,
     model.eval()
     x, threat = images(4, dtype=torch.float64), Threat(eps=0.1, alpha=0.03, steps=3)
     one, two = (
-        attack(model.logits, x, labels(4), torch.arange(4), threat, DRAW, num_classes=CLASSES, loss_scale=scale)
+        attack(input_gradient(model.logits, scale), x, labels(4), torch.arange(4), threat, DRAW, num_classes=CLASSES)
         for scale in (1.0, loss_scale)
     )
     assert torch.equal(one.x_adv, two.x_adv)
@@ -367,7 +375,7 @@ def test_attack_in_float16_does_not_stall_where_a_mean_loss_would() -> None:
     (of_mean,) = torch.autograd.grad(F.cross_entropy(logits(leaf), y), leaf)
     assert float((of_mean == 0).float().mean()) > 0.9  # this is what would have happened
     threat = Threat(eps=16 / 255, alpha=4 / 255, steps=10)
-    attacked = pgd_linf(logits, x, y, threat, x, loss_scale=FP16_LOSS_SCALE)
+    attacked = pgd_linf(input_gradient(logits, FP16_LOSS_SCALE), x, y, threat, x)
     no_weight = float((weight == 0).float().mean())
     assert float(attacked.zero_grad) == pytest.approx(no_weight, abs=0.01)
     signs = weight.float().sign().expand_as(x)
@@ -379,9 +387,9 @@ def test_attack_in_float16_does_not_stall_where_a_mean_loss_would() -> None:
 def test_start_and_target_follow_every_counter_of_the_draw(field: str) -> None:
     x, index = images(40), torch.arange(40)
     threat = Threat(eps=0.1, alpha=0.1, steps=0)
-    one = attack(never, x, labels(40), index, threat, DRAW, num_classes=CLASSES)
+    one = attack(input_gradient(never), x, labels(40), index, threat, DRAW, num_classes=CLASSES)
     other = Draw(**{**COUNTERS, field: COUNTERS[field] + 1})
-    two = attack(never, x, labels(40), index, threat, other, num_classes=CLASSES)
+    two = attack(input_gradient(never), x, labels(40), index, threat, other, num_classes=CLASSES)
     assert float((one.x_adv == two.x_adv).float().mean()) < 0.2  # equal where both are clipped at 0 or 1
     seen: dict[Draw, Tensor] = {}
     for draw in (DRAW, other):
@@ -389,7 +397,9 @@ def test_start_and_target_follow_every_counter_of_the_draw(field: str) -> None:
         gray = torch.full((40, 3, 1, 1), 0.5, dtype=torch.float64)
         logits = last_class_along(torch.ones(3, 1, 1, dtype=torch.float64), CLASSES)
         step = Threat(eps=0.25, alpha=0.5, steps=1, targeted=True)
-        moved = attack(logits, gray, torch.zeros(40, dtype=torch.int64), index, step, draw, num_classes=CLASSES)
+        moved = attack(
+            input_gradient(logits), gray, torch.zeros(40, dtype=torch.int64), index, step, draw, num_classes=CLASSES
+        )
         seen[draw] = moved.x_adv[:, 0, 0, 0] > 0.5
         counters: dict[str, Any] = vars(draw)
         target = kernels.draw_target(torch.zeros(40, dtype=torch.int64), index, CLASSES, **counters)

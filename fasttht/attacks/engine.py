@@ -1,0 +1,181 @@
+"""Where an attack's input gradients come from: a ladder of engines, each equal to the one below it and faster.
+
+eager     the network itself, under autocast. Any module, any BN mode.
+folded    the network rebuilt for input gradients only: BN folded into the convolutions once per training step (in at
+          least float32, then rounded), weights persistent in one type and channels-last, no autocast.
+compiled  folded, with the pointwise passes fused by torch.compile.
+fused     folded, with a hand-written backward: ReLU masks and residual additions in one pass each.
+
+All return the gradient of the sum over the batch of the cross entropy, in pixels, times a power of two.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fasttht.attacks.folded import FoldedNet
+from fasttht.attacks.fused import FusedGradient
+from fasttht.attacks.pgd import FP16_LOSS_SCALE, InputGradient, evaluating, input_gradient
+from fasttht.config import AttackConfig
+from fasttht.models.two_head import TwoHead
+
+# Below so many multiply-adds for one image's forward, compiling costs more than it saves (ResNet-50 at 224: 4.1e9).
+_COMPILE_FROM_MACS = 2e8
+
+
+class Engine(Protocol):
+    """A source of input gradients that belongs to one model. reason: why it was taken, in words for people."""
+
+    name: str
+    reason: str
+
+    def gradient(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return what an `InputGradient` does, for images x (B, 3, H, W) and classes y (B,)."""
+        ...
+
+    def refresh_(self) -> None:
+        """Take over the model's weights and statistics as they are now; once per training step, before its attack."""
+        ...
+
+
+class EagerEngine:
+    """The model itself, in evaluation mode or, with `batch_norm="batch"`, with each batch's own statistics.
+
+    Neither the model's modes nor its buffers are different afterwards.
+    """
+
+    name = "eager"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        logits: Callable[[Tensor], Tensor],
+        *,
+        batch_norm: str = "eval",
+        loss_scale: float = 1.0,
+        reason: str = "",
+    ) -> None:
+        self.reason = reason
+        self._model = model
+        self._batch_norm = batch_norm
+        self._gradient = input_gradient(logits, loss_scale)
+
+    def refresh_(self) -> None:
+        """Do nothing: the model is always up to date."""
+
+    def gradient(self, x: Tensor, y: Tensor) -> Tensor:
+        with evaluating(self._model):
+            if self._batch_norm == "eval":
+                return self._gradient(x, y)
+            with batch_statistics(self._model):
+                return self._gradient(x, y)
+
+
+class FoldedEngine:
+    """The folded network, differentiated by autograd, compiled or not, or by hand.
+
+    dtype: of weights and activations; the head and the loss are float32 at least, as in the model.
+
+    Raises: ValueError for a model that cannot be folded, with the reason.
+    """
+
+    def __init__(self, name: str, model: TwoHead, *, dtype: torch.dtype, reason: str = "") -> None:
+        self.name, self.reason = name, reason
+        self._model = model
+        self._net = FoldedNet(model, dtype)
+        self._gradient = _DIFFERENTIATED[name](self._net, FP16_LOSS_SCALE if dtype == torch.float16 else 1.0)
+
+    def gradient(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._gradient(x, y)
+
+    def refresh_(self) -> None:
+        self._net.refresh_(self._model)
+
+
+def _compiled(net: FoldedNet, loss_scale: float) -> InputGradient:
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(net(x), y, reduction="sum") * loss_scale
+
+    # The functional gradient, because autograd.grad is not traced; the shape is part of the compiled code.
+    gradient: InputGradient = torch.compile(torch.func.grad(loss), fullgraph=True, dynamic=False)
+    return lambda x, y: gradient(x.detach(), y)
+
+
+# How each engine differentiates the folded network.
+_DIFFERENTIATED: dict[str, Callable[[FoldedNet, float], InputGradient]] = {
+    "folded": input_gradient,
+    "compiled": _compiled,
+    "fused": FusedGradient,
+}
+
+
+def build_engine(
+    settings: AttackConfig,
+    model: TwoHead,
+    logits: Callable[[Tensor], Tensor],
+    *,
+    img_size: int,
+    amp_dtype: torch.dtype,
+) -> Engine:
+    """Build the engine that the settings ask for. logits: the model's, under the run's autocast.
+
+    The folded ones compute in amp_dtype on a GPU and in the model's own type on a CPU, whose half types are slow.
+
+    Raises: ValueError for a model that cannot be folded.
+    """
+    parameter = next(model.parameters())
+    name, reason = choose_engine(
+        settings.attack_engine, model, img_size, parameter.device, batch_norm=settings.attack_bn
+    )
+    if name != "eager":
+        dtype = amp_dtype if parameter.device.type == "cuda" else parameter.dtype
+        return FoldedEngine(name, model, dtype=dtype, reason=reason)
+    scale = FP16_LOSS_SCALE if amp_dtype == torch.float16 else 1.0
+    return EagerEngine(model, logits, batch_norm=settings.attack_bn, loss_scale=scale, reason=reason)
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Make every BN layer normalise with the batch's own statistics; the running ones are neither read nor written."""
+    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kept = [(layer.running_mean, layer.running_var) for layer in layers]
+    for layer in layers:
+        layer.running_mean = layer.running_var = None  # which is how a BN layer in evaluation mode is told to
+    try:
+        yield
+    finally:
+        for layer, (mean, var) in zip(layers, kept, strict=True):
+            layer.running_mean, layer.running_var = mean, var
+
+
+def choose_engine(
+    name: str, model: TwoHead, img_size: int, device: torch.device, *, batch_norm: str
+) -> tuple[str, str]:
+    """Return the engine that `name` means for this model, and why, in words for people."""
+    if name != "auto":
+        return name, "as asked"
+    if batch_norm == "batch":
+        return "eager", "batch statistics cannot be folded"
+    if device.type == "cuda":
+        return "folded", "the faster ones have not been measured on a GPU yet: compare them with `fasttht bench attack`"
+    macs = count_macs(model, img_size)
+    if macs < _COMPILE_FROM_MACS:
+        return "folded", f"{macs / 1e6:.1f} million multiply-adds an image are not worth compiling"
+    return "compiled", f"{macs / 1e9:.1f} billion multiply-adds an image"
+
+
+def count_macs(model: TwoHead, img_size: int) -> int:
+    """Return the multiply-adds of the trunk's convolutions in one image's forward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    twin = copy.deepcopy(model.trunk).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin(torch.empty(1, 3, img_size, img_size, device="meta"))
+    return int(counter.get_total_flops()) // 2
