@@ -15,6 +15,7 @@ from cyclopts.exceptions import CycloptsError
 
 import fasttht
 from fasttht import config_file
+from fasttht.bench.commands import bench_app
 from fasttht.config import Many, Pixels, TrainConfig, resolve
 from fasttht.data_commands import data_app
 from fasttht.errors import FastthtError, UsageError
@@ -26,6 +27,7 @@ app = App(
     result_action="return_value",
 )
 app.command(data_app)
+app.command(bench_app)
 
 Config = Annotated[TrainConfig, Parameter(name="*")]
 Preset = Annotated[
@@ -116,6 +118,28 @@ def evaluate(
     changes = {name: value for name, value in settings.items() if value is not None}
     evaluate_run(run, changes=changes, goal=goal, eps=eps, output=output, device=device)
     return 0
+
+
+@app.command
+def doctor(*, output: Path = Path("runs")) -> int:
+    """Look at this machine: what is there, what is wrong, and what to type.
+
+    Ends with 6 if something will keep a run from working, else with 0.
+
+    Parameters
+    ----------
+    output
+        Where run folders would lie.
+    """
+    from fasttht import log
+    from fasttht.doctor import examine
+
+    findings = examine(output)
+    for finding in findings:
+        log.say(f"{finding.status:7}  {finding.part}: {finding.text}")
+        if finding.advice and finding.status != "ok":
+            log.say(f"         {finding.advice}")
+    return 6 if any(finding.status == "problem" for finding in findings) else 0
 
 
 @app.command(name="config")

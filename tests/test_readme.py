@@ -22,11 +22,15 @@ def commands() -> list[list[str]]:
 
 
 def parses(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Resolve a command without running it: `train` as `config`, `eval` and `data write` up to their first check."""
+    """Resolve a command without running it: `train` as `config`, most others up to their first check."""
     name, *rest = words
+    if name == "bench":  # to a file that cannot be, which is looked at when all words are understood
+        assert cli.run([*words, "--output", "missing/folder/file.json"]) == 2
+        assert "--output: expected a file in an existing folder" in capsys.readouterr().err
+        return
     if name == "train":
         assert cli.run(["config", *rest]) == 0, capsys.readouterr().err
-    elif name == "config":
+    elif name in ("config", "doctor"):
         assert cli.run(words) == 0
     else:
         code = cli.run(words)
@@ -52,14 +56,14 @@ def test_every_command_parses(
 
 def test_every_flag_and_file_that_is_named_exists(capsys: pytest.CaptureFixture[str]) -> None:
     helps = ""
-    for words in (["train"], ["eval"], ["data", "write"]):
+    for words in (["train"], ["eval"], ["data", "write"], ["bench", "load"]):
         assert cli.run([*words, "--help"]) == 0
         helps += capsys.readouterr().out
     flags = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README)) - {"--help"}
     assert flags
     for flag in flags:
         assert flag in helps, f"{flag} is no option"
-    for path in re.findall(r"`((?:tools|examples|fasttht|kernels|pipelines|tests)/[\w./]*)", README):
+    for path in re.findall(r"`((?:tools|examples|fasttht|kernels|pipelines|tests|docs)/[\w./-]*)", README):
         assert (ROOT / path).exists(), path
     for preset in re.findall(r"--preset (\S+?)[`\s]", README):
         assert preset in preset_names()

@@ -1,0 +1,65 @@
+"""Timing whole calls in turn: the ladder of attack engines, the kinds of training steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from fasttht.bench.windows import Clock, Progress, quartiles
+
+Job = Callable[[], object]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the current stream of a CUDA device; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def time_jobs(
+    jobs: Mapping[str, Job],
+    device: torch.device,
+    *,
+    windows: int,
+    progress: Progress = lambda what: None,
+    clock: Clock = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Run every job once to warm up, then `windows` times in turn; return the seconds of each call, by name."""
+    found: dict[str, list[float]] = {name: [] for name in jobs}
+    for i in range(windows + 1):
+        for name, job in jobs.items():
+            progress(f"{name}: {f'window {i} of {windows}' if i else 'warm-up, and compiling where it is needed'}")
+            synchronize(device)
+            start = clock()
+            job()
+            synchronize(device)
+            if i:
+                found[name].append(clock() - start)
+    return found
+
+
+def summarise_jobs(seconds: Mapping[str, list[float]], images: int, reference: str) -> list[dict[str, Any]]:
+    """Return a row for each job: img/s, milliseconds, and how much faster it is than `reference` in the same window.
+
+    ratio is the median over windows of reference / own time, ratio_quartiles their quartiles: what else the machine did
+    in a window met both.
+    """
+    rows = []
+    for name, own in seconds.items():
+        low, median, high = quartiles(own)
+        ratio_low, ratio, ratio_high = quartiles([a / b for a, b in zip(seconds[reference], own, strict=True)])
+        rows.append(
+            {
+                "name": name,
+                "img_per_s": images / median,
+                "ms": 1000 * median,
+                "quartiles_ms": [1000 * low, 1000 * high],
+                "ratio": ratio,
+                "ratio_quartiles": [ratio_low, ratio_high],
+                "ratio_to": reference,
+            }
+        )
+    return rows
