@@ -7,6 +7,7 @@ where those can be compiled and take the call.
 if __name__ != "fasttht.kernels":
     raise ImportError(f"import this package as 'fasttht.kernels', not {__name__!r}; run 'pip install -e .' once")
 
+from fasttht.kernels.convs import conv_add_relu, conv_relu
 from fasttht.kernels.cuda import Implementation, implementation
 from fasttht.kernels.ops import (
     bank_write_,
@@ -41,6 +42,8 @@ __all__ = [
     "Layout",
     "bank_write_",
     "clip_to_ball_",
+    "conv_add_relu",
+    "conv_relu",
     "draw_lattice_start",
     "draw_lattice_start_at",
     "draw_start",

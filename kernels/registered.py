@@ -24,7 +24,7 @@ Planner = Callable[..., launches.Plan]
 LIBRARY = torch.library.Library("fasttht", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def _register(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def register(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define an op for every device, and what it does to tensors without data."""
     LIBRARY.define(f"{name}{schema}", tags=[torch.Tag.pt2_compliant_tag])  # type: ignore[no-untyped-call]
     LIBRARY.impl(name, body, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -65,7 +65,7 @@ class InPlaceOp:
             written = [args[i] for i in mutated if not args[i].is_inference()]
             torch.autograd.graph.increment_version(written)
 
-        self._op = _register(name, f"{schema} -> ()", body, self._check)
+        self._op = register(name, f"{schema} -> ()", body, self._check)
 
     def __call__(self, *args: Any) -> None:
         if args[0].is_cpu:
@@ -98,7 +98,7 @@ class NewTensorOp:
                     return out
             return run(*args)
 
-        self._op = _register(name, f"{schema} -> Tensor", body, self._checked)
+        self._op = register(name, f"{schema} -> Tensor", body, self._checked)
 
     def _checked(self, *args: Any) -> Tensor:
         self._check(*args)

@@ -25,7 +25,8 @@ class FusedGradient:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         net = self._net
         pixels, layout = net.pixels(x)
-        first = net.first(pixels, layout)
+        weight, stride, padding = net.stem.plan(layout)
+        first = kernels.conv_relu(pixels, weight, net.stem.bias, stride, padding).to(net.dtype)
         h, places = first, None
         if net.maxpool:
             h, places = F.max_pool2d(first, kernel_size=3, stride=2, padding=1, return_indices=True)
@@ -33,11 +34,11 @@ class FusedGradient:
         for block in net.blocks:
             assert isinstance(block, FoldedBlock), "a folded network is made of them"
             inputs = [h]
-            for conv in block.convs[:-1]:
-                inputs.append(F.relu_(conv(inputs[-1])))
-            out = block.convs[-1](inputs[-1])
-            out += h if block.shortcut is None else block.shortcut(h)
-            h = F.relu_(out)
+            *inner, last = _convs(block)
+            for conv in inner:
+                inputs.append(kernels.conv_relu(inputs[-1], conv.weight, conv.bias, conv.stride, conv.padding))
+            skip = h if block.shortcut is None else block.shortcut(h)
+            h = kernels.conv_add_relu(inputs[-1], last.weight, last.bias, skip, last.stride, last.padding)
             kept.append((block, inputs))
         grad = self._head_gradient(h, y)
         for i in reversed(range(len(kept))):
@@ -49,7 +50,6 @@ class FusedGradient:
                 grad, first, [3, 3], [2, 2], [1, 1], [1, 1], False, places
             )
             kernels.drelu_add_(grad, None, first)
-        weight, stride, padding = net.stem.plan(layout)
         grad = kernels.image_grad(_input_gradient(pixels, weight, grad.to(weight.dtype), stride, padding), layout)
         return grad.to(x.dtype) / torch.tensor(net.std, dtype=x.dtype, device=x.device).view(1, 3, 1, 1)
 
@@ -66,16 +66,19 @@ class FusedGradient:
 def _block_gradient(block: FoldedBlock, inputs: list[Tensor], grad: Tensor, *, masked: bool) -> Tensor:
     """Return the gradient at a block's input, through the ReLU below it if `masked`; grad is left as it was."""
     skip = grad if block.shortcut is None else _conv_gradient(block.shortcut, inputs[0], grad)
+    convs = _convs(block)
     for i in reversed(range(len(inputs))):
-        conv = block.convs[i]
-        assert isinstance(conv, FoldedConv), "a folded block is made of them"
-        grad = _conv_gradient(conv, inputs[i], grad)
+        grad = _conv_gradient(convs[i], inputs[i], grad)
         if i:
             kernels.drelu_add_(grad, None, inputs[i])
     if masked:
         kernels.drelu_add_(grad, skip, inputs[0])
         return grad
     return grad.add_(skip)
+
+
+def _convs(block: FoldedBlock) -> list[FoldedConv]:
+    return [conv for conv in block.convs if isinstance(conv, FoldedConv)]
 
 
 def _conv_gradient(conv: FoldedConv, x: Tensor, grad: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The commands `bench attack` and `bench step`: words to settings, a report to a table. No logic."""
+"""The commands `bench attack`, `step` and `ladder`: words to settings, a report to a table. No logic."""
 
 from __future__ import annotations
 
@@ -153,10 +153,56 @@ def step(
     return 0
 
 
+def ladder(*, arch: Arch = "resnet50", img_size: int = 224, output: Path | None = None) -> int:
+    """Count what one input gradient of each rung asks of a GPU: launches, activation bytes, waits. Nothing is timed.
+
+    The last line of stdout is the report as JSON.
+
+    Parameters
+    ----------
+    output
+        Also append the JSON line to this file.
+    """
+    if arch in ("resnet18", "resnet34"):
+        raise UsageError(f"--arch: expected resnet50, resnet101 or resnet152, got {arch}; the model counts bottlenecks")
+    _check({"--img-size": img_size})
+    check_output(output)
+    from fasttht import log
+    from fasttht.bench.ladder import RUNGS, count_rung, predicted_bytes
+
+    rows = []
+    for rung, what in RUNGS.items():
+        count = count_rung(rung, arch, img_size)
+        rows.append(
+            {
+                "name": rung, "what": what, "launches": count.launches, "mb_per_image": count.num_bytes / 1e6,
+                "predicted_mb": predicted_bytes(rung, arch, img_size) / 1e6,
+                "waits": count.waits, "collectives": count.collectives,
+            }
+        )  # fmt: skip
+    log.table(
+        f"one input gradient of {arch}, {img_size} px, float16, counted",
+        ("rung", "what", "launches", "MB an image", "predicted", "waits"),
+        (
+            (
+                row["name"],
+                row["what"],
+                row["launches"],
+                f"{row['mb_per_image']:.1f}",
+                f"{row['predicted_mb']:.1f}",
+                row["waits"],
+            )
+            for row in rows
+        ),
+    )
+    finish({"bench": "ladder", "settings": {"arch": arch, "img_size": img_size}, "rows": rows}, output)
+    return 0
+
+
 def register(app: App) -> None:
-    """Add both to the bench commands."""
-    app.command(attack)
-    app.command(step)
+    """Add these to the bench commands."""
+    for command in (attack, step, ladder):
+        app.command(command)
 
 
 def _check(values: dict[str, int]) -> None:
