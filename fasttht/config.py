@@ -107,6 +107,8 @@ class AttackConfig:
     "How standard training computes input gradients; all give the same but for rounding, see attacks/engine.py."
     attack_bn: Literal["eval", "batch"] = "eval"
     "BN in the attack: running statistics, or (eager only) those of the attacked batch; neither changes the running."
+    attack_start: Literal["uniform", "lattice"] = "uniform"
+    "uniform: continuous noise, float32 images. lattice: whole 1/255 levels, uint8 images, exact; training only."
     start_clean_prob: float = 0.2
     "Share of training minibatches whose attack starts from the clean image; 0 disables."
 
@@ -260,6 +262,14 @@ def resolve(config: TrainConfig) -> TrainConfig:
         attack.eps = 4 / 255 if free else 16 / 255
     if attack.alpha is None:
         attack.alpha = attack.eps if free else attack.eps / 4
+    if attack.attack_start == "lattice":
+        for flag, length in (("--eps", attack.eps), ("--alpha", attack.alpha)):
+            if free or abs(255 * length - round(255 * length)) > 1e-6:
+                got = "--replay" if free else f"{255 * length:g}/255"
+                raise UsageError(
+                    f"{flag}: expected a whole number of 255ths in standard training beside --attack-start lattice, "
+                    f"got {got}; take --attack-start uniform"
+                )
     if attack.targeted is None:
         attack.targeted = not free
     if not free and attack.steps is None:

@@ -62,8 +62,9 @@ def standard_step(state: TrainState, config: TrainConfig, batch: Batch, draw: Dr
         x_adv = x
         if state.engine is not None:
             gradient = state.engine.gradient
-            attacked = attack(gradient, x, part.y, part.index, threat, draw, num_classes=num_classes)
-            x_adv = attacked.x_adv
+            subject = batch.x[part.rows] if config.attack.attack_start == "lattice" else x
+            attacked = attack(gradient, subject, part.y, part.index, threat, draw, num_classes=num_classes)
+            x_adv = attacked.x_adv.to(state.dtype)
             state.meter.add(zero_grad=attacked.zero_grad * part.share, nan_grad=attacked.nan_grad * part.share)
         _backward(state, config, Views(x, x_adv, part.y, part.index, feat_clean), part.share)
         features.append(feat_clean)

@@ -226,7 +226,7 @@ def drelu_add_(grad: Tensor, other: Tensor | None, out: Tensor) -> None:
     """
     if other is not None:
         grad.add_(other)
-    grad.masked_fill_(out <= 0, 0)
+    torch.ops.aten.threshold_backward.grad_input(grad, out, 0, grad_input=grad)  # one pass, and no mask in memory
 
 
 def input_shape(shape: Sequence[int], layout: Layout) -> tuple[int, int, int, int]:

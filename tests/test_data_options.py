@@ -123,6 +123,14 @@ def test_a_bad_image_ends_the_run_or_is_replaced_as_asked(run: Run, data: Path) 
 
 @pytest.mark.changes_rng
 @pytest.mark.slow
+def test_an_attack_on_the_lattice_trains(run: Run) -> None:
+    code, _, err = run("--attack-start", "lattice", "--eps", "16/255", "--alpha", "4/255")
+    assert code == 0, err
+    assert train_rows()[-1]["zero_grad_pct"] < 100
+
+
+@pytest.mark.changes_rng
+@pytest.mark.slow
 def test_the_paged_order_trains_a_file_and_is_refused_for_a_tree(run: Run, data: Path) -> None:
     code, _, _ = run("--order", "paged")
     assert code == 0
@@ -156,6 +164,12 @@ def test_a_file_larger_than_memory_gets_the_hint(data: Path, monkeypatch: pytest
         (("--max-bad-samples", "-1"), "--max-bad-samples: expected at least 0, got -1"),
         (("--crop-pct", "0"), "--crop-pct: expected more than 0, got 0"),
         (("--loader", "jpeg"), "jpeg"),
+        (
+            ("--attack-start", "lattice", "--eps", "0.15"),
+            "--eps: expected a whole number of 255ths in standard training",
+        ),
+        (("--attack-start", "lattice", "--eps", "4/255", "--alpha", "1/510"), "--alpha: expected a whole number"),
+        (("--attack-bn", "batch", "--attack-engine", "fused"), "--attack-engine: expected eager beside --attack-bn"),
     ],
 )
 def test_numbers_outside_their_ranges_exit_with_2(words: tuple[str, ...], said: str, run: Run) -> None:

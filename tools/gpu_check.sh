@@ -2,6 +2,7 @@
 # Runs what needs a CUDA device, with whatever torch and pytest are installed:
 #   bash tools/gpu_check.sh [PYTEST OPTIONS]   everything: the tests marked gpu, then the parts below
 #   bash tools/gpu_check.sh loader             the loader's: its tests, then `fasttht bench load`
+#   bash tools/gpu_check.sh core               the attack's: its tests and the kernels', then `bench attack` and `step`
 # Reports are appended to ${OUT:-docs/results}/<part>.json, one line of JSON for each run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -40,7 +41,22 @@ bench_loader() {
   "$PYTHON" -m fasttht bench load --workers "${counts[@]}" --windows 5 --window-s 1 --output "$OUT/loader.json"
 }
 
+bench_core() {
+  if ! has_cuda; then
+    echo "gpu_check: skipped: fasttht bench attack and step; torch finds no CUDA device"
+    return 0
+  fi
+  mkdir -p "$OUT"
+  "$PYTHON" -m fasttht bench attack --batch-size 64 --windows 5 --output "$OUT/attack.json"
+  "$PYTHON" -m fasttht bench step --batch-size 64 --windows 5 --output "$OUT/step.json"
+}
+
 case "${1:-}" in
+  core)
+    shift
+    gpu_tests tests/attacks tests/kernels "$@"
+    bench_core
+    ;;
   loader)
     shift
     gpu_tests tests/pipelines "$@"
@@ -49,5 +65,6 @@ case "${1:-}" in
   *)
     gpu_tests "$@"
     bench_loader
+    bench_core
     ;;
 esac

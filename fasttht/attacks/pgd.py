@@ -92,13 +92,20 @@ def attack(
 ) -> Attacked:
     """Draw the target and the start, then run PGD; the last iterate is returned.
 
-    Shapes: x (B, 3, H, W) in [0, 1]; y (B,), index (B,) int64. Draws depend on (draw, index) alone, so any split of a
-    batch gives the same.
+    Shapes: x (B, 3, H, W), y (B,), index (B,) int64. Draws depend on (draw, index) alone, so any split of a batch gives
+    the same. x is float in [0, 1]; or uint8, and then the attack stays on the lattice of 8-bit images: integer offsets
+    to start from, whole levels as steps, so every iterate is exact.
+
+    Raises: ValueError for a uint8 x and a threat of broken levels.
     """
     counters = {"seed": draw.seed, "epoch": draw.epoch, "step": draw.step}
-    start = kernels.draw_start(x, index, eps=threat.eps, clean_prob=threat.clean_prob, **counters)
     if threat.targeted:
         y = kernels.draw_target(y, index, num_classes, **counters)
+    if x.dtype == torch.uint8:
+        levels = _levels(threat.eps)
+        start = kernels.draw_lattice_start(x, index, eps=levels, clean_prob=threat.clean_prob, **counters)
+        return pgd_lattice(gradient, x, y, threat, start)
+    start = kernels.draw_start(x, index, eps=threat.eps, clean_prob=threat.clean_prob, **counters)
     return pgd_linf(gradient, x, y, threat, start)
 
 
@@ -109,11 +116,45 @@ def pgd_linf(gradient: InputGradient, x: Tensor, y: Tensor, threat: Threat, star
     """
     alpha = -threat.alpha if threat.targeted else threat.alpha
     x_adv = start.detach().clone(memory_format=torch.preserve_format)
-    zero_grad = nan_grad = torch.zeros((), device=x.device)
-    for i in range(threat.steps):
-        grad = gradient(x_adv, y)
-        if i == threat.steps - 1:
+
+    def step(grad: Tensor) -> None:
+        kernels.pgd_linf_step_(x_adv, grad, x, eps=threat.eps, alpha=alpha)
+
+    zero_grad, nan_grad = _run(threat.steps, lambda: gradient(x_adv, y), step, x.device)
+    return Attacked(x_adv, zero_grad, nan_grad)
+
+
+def pgd_lattice(gradient: InputGradient, x: Tensor, y: Tensor, threat: Threat, start: Tensor) -> Attacked:
+    """Do as pgd_linf does on uint8 images x and start; x_adv comes back as float32 in [0, 1].
+
+    Raises: ValueError for a threat of broken levels.
+    """
+    eps, alpha = _levels(threat.eps), _levels(threat.alpha)
+    state = start.detach().clone(memory_format=torch.preserve_format)
+
+    def step(grad: Tensor) -> None:
+        kernels.pgd_lattice_step_(state, grad, x, eps=eps, alpha=-alpha if threat.targeted else alpha)
+
+    zero_grad, nan_grad = _run(threat.steps, lambda: gradient(kernels.u8_to_input(state), y), step, x.device)
+    return Attacked(kernels.u8_to_input(state), zero_grad, nan_grad)
+
+
+def _run(
+    steps: int, gradient: Callable[[], Tensor], step: Callable[[Tensor], None], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Take steps; return the shares of zero and of NaN elements in the last gradient."""
+    zero_grad = nan_grad = torch.zeros((), device=device)
+    for i in range(steps):
+        grad = gradient()
+        if i == steps - 1:
             zero_grad, nan_grad = (grad == 0).float().mean(), grad.isnan().float().mean()
         with torch.no_grad():
-            kernels.pgd_linf_step_(x_adv, grad, x, eps=threat.eps, alpha=alpha)
-    return Attacked(x_adv, zero_grad, nan_grad)
+            step(grad)
+    return zero_grad, nan_grad
+
+
+def _levels(length: float) -> int:
+    levels = round(255 * length)
+    if abs(255 * length - levels) > 1e-6:
+        raise ValueError(f"lattice attack: expected eps and alpha of whole 255ths, got {255 * length:g}/255")
+    return levels

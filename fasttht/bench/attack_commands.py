@@ -66,21 +66,24 @@ def attack(
     ran = [row for row in report["rows"] if "img_per_s" in row]
     log.table(
         f"{report['settings']['attack']} on {arch}, batch {batch_size}, {img_size} px, {_machine(report)}",
-        ("engine", "img/s", "ms", "ratio", "quartiles", "signs agree %", "zero gradients %"),
+        ("engine", "img/s", "ms", "ratio", "quartiles", "signs %", "zeros %"),
         (
             (
                 row["name"],
                 f"{row['img_per_s']:.2f}",
                 f"{row['ms']:,.0f}",
                 f"{row['ratio']:.2f}",
-                "{:.2f} to {:.2f}".format(*row["ratio_quartiles"]),
+                "{:.2f}-{:.2f}".format(*row["ratio_quartiles"]),
                 f"{row['sign_agreement_pct']:.2f}" if "sign_agreement_pct" in row else "",
                 f"{row['zero_grad_pct']:.2f}" if "zero_grad_pct" in row else "",
             )
             for row in ran
         ),
     )
-    log.say(f"ratio: to {ran[0]['ratio_to']}, in the same window")
+    log.say(
+        f"ratio: to {ran[0]['ratio_to']}, in the same window; signs: share that agrees with eager's float32 gradient; "
+        "zeros: share of exact zeros in it"
+    )
     for row in report["rows"]:
         if "not_run" in row:
             log.say(f"{row['name']}: not run: {row['not_run']}")

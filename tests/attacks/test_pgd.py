@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -436,3 +437,73 @@ def test_threats_at_the_ends_of_their_ranges_are_allowed() -> None:
 def test_threat_is_named_after_its_steps_and_goal() -> None:
     assert Threat(eps=0.1, alpha=0.1, steps=10).name == "pgd10"
     assert Threat(eps=0.1, alpha=0.1, steps=50, targeted=True).name == "pgd50_targeted"
+
+
+# -- the 8-bit lattice -------------------------------------------------------------------------------------------------
+
+
+def levels_of(num: int = 4) -> Tensor:
+    generator = torch.Generator().manual_seed(num)
+    x = torch.randint(0, 256, (num, 3, 6, 6), generator=generator, dtype=torch.uint8)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.changes_rng
+@pytest.mark.parametrize("targeted", [False, True])
+def test_ten_lattice_steps_equal_integer_arithmetic_in_numpy(model: TwoHead, targeted: bool) -> None:
+    x, index = levels_of(), torch.arange(4)
+    threat = Threat(eps=16 / 255, alpha=4 / 255, steps=10, targeted=targeted)
+    gradients: list[Tensor] = []
+    plain = input_gradient(model.eval().logits)
+
+    def gradient(images: Tensor, y: Tensor) -> Tensor:
+        gradients.append(plain(images, y))
+        return gradients[-1]
+
+    found = attack(gradient, x, labels(4), index, threat, DRAW, num_classes=CLASSES).x_adv
+    state = kernels.draw_lattice_start(x, index, eps=16, clean_prob=0.0, **COUNTERS).numpy().astype(np.int64)
+    low, high = (np.clip(x.numpy().astype(np.int64) + offset, 0, 255) for offset in (-16, 16))
+    for grad in gradients:
+        state = np.clip(state + (-4 if targeted else 4) * np.sign(grad.numpy()).astype(np.int64), low, high)
+    assert len(gradients) == 10
+    assert np.array_equal(found.numpy(), (state / 255).astype(np.float32))
+    assert found.dtype == torch.float32
+    assert np.abs(state - x.numpy().astype(np.int64)).max() == 16
+
+
+@pytest.mark.changes_rng
+def test_lattice_attacks_start_from_whole_levels_and_do_not_depend_on_the_batch(model: TwoHead) -> None:
+    x, index = levels_of(8), torch.arange(8)
+    threat = Threat(eps=3 / 255, alpha=1 / 255, steps=0)
+    whole = attack(input_gradient(never), x, labels(8), index, threat, DRAW, num_classes=CLASSES).x_adv
+    offsets = (whole * 255).round() - x.float()
+    assert set(offsets.unique().tolist()) == set(range(-3, 4))
+    halves = [
+        attack(input_gradient(never), x[rows], labels(8)[rows], index[rows], threat, DRAW, num_classes=CLASSES).x_adv
+        for rows in (slice(0, 3), slice(3, 8))
+    ]
+    assert torch.equal(torch.cat(halves), whole)
+
+
+def test_broken_levels_are_refused() -> None:
+    x = levels_of()
+    with pytest.raises(ValueError, match=r"expected eps and alpha of whole 255ths, got 1.5/255"):
+        attack(
+            input_gradient(never),
+            x,
+            labels(4),
+            torch.arange(4),
+            Threat(eps=1.5 / 255, alpha=1 / 255, steps=1),
+            DRAW,
+            num_classes=CLASSES,
+        )
+    with pytest.raises(ValueError, match=r"got 0.5/255"):
+        attack(
+            input_gradient(never),
+            x,
+            labels(4),
+            torch.arange(4),
+            Threat(eps=2 / 255, alpha=0.5 / 255, steps=1),
+            DRAW,
+            num_classes=CLASSES,
+        )
