@@ -12,6 +12,8 @@ All return the gradient of the sum over the batch of the cross entropy, in pixel
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -168,6 +170,8 @@ def choose_engine(
     macs = count_macs(model, img_size)
     if macs < _COMPILE_FROM_MACS:
         return "folded", f"{macs / 1e6:.1f} million multiply-adds an image are not worth compiling"
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        return "folded", "compiling is worth it here, but there is no C++ compiler (g++, or what CXX names)"
     return "compiled", f"{macs / 1e9:.1f} billion multiply-adds an image"
 
 

@@ -203,7 +203,7 @@ def test_batch_statistics_give_the_running_ones_back_after_an_error() -> None:
 # -- choice ------------------------------------------------------------------------------------------------------------
 
 
-def test_auto_compiles_large_networks_only() -> None:
+def test_auto_compiles_large_networks_only(monkeypatch: pytest.MonkeyPatch) -> None:
     small = TwoHead("resnet18", 10, stem="small", width=16)
     cpu = torch.device("cpu")
     assert choose_engine("auto", small, 8, cpu, batch_norm="eval")[0] == "folded"
@@ -211,6 +211,9 @@ def test_auto_compiles_large_networks_only() -> None:
     large = TwoHead("resnet50", 10)
     assert choose_engine("auto", large, 224, cpu, batch_norm="eval")[0] == "compiled"
     assert choose_engine("fused", small, 8, cpu, batch_norm="eval") == ("fused", "as asked")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    name, reason = choose_engine("auto", large, 224, cpu, batch_norm="eval")
+    assert (name, "no C++ compiler" in reason) == ("folded", True)
 
 
 def test_macs_are_those_of_the_literature() -> None:
