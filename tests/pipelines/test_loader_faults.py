@@ -275,7 +275,7 @@ def test_a_running_loader_uses_few_slots() -> None:
     for batch in loader_of(Colours(), 1, prefetch=2, workers=2):
         addresses.add(batch.x.data_ptr())
         del batch
-    assert 1 <= len(addresses) <= 1 + 2 + 2
+    assert len(addresses) <= 1 + 2 + 2
 
 
 def test_a_forgotten_loader_dies(no_loader_threads: Callable[[], None]) -> None:
