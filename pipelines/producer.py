@@ -124,6 +124,7 @@ class Producer:
                 item = self._finish(request, job, track)
                 track.enter(IDLE)
                 ready.put(item)
+                del item, job  # while the next is waited for, this one's memory may be used again
             if stop.is_set():
                 return
         ready.put(None)

@@ -270,12 +270,12 @@ def test_memory_is_used_again_only_when_the_last_view_of_it_is_gone() -> None:
 
 
 def test_a_running_loader_uses_few_slots() -> None:
-    """Delivered, queued, waited for and under way: with a prefetch of 2 these are 1 + 2 + 2."""
+    """Delivered, queued, waited for and under way: 1 + 2 + 2; and each thread may hold one that it has finished."""
     addresses = set()
     for batch in loader_of(Colours(), 1, prefetch=2, workers=2):
         addresses.add(batch.x.data_ptr())
         del batch
-    assert len(addresses) <= 1 + 2 + 2
+    assert len(addresses) <= 1 + 2 + 2 + 2
 
 
 def test_a_forgotten_loader_dies(no_loader_threads: Callable[[], None]) -> None:
