@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fasttht.pipelines.stages import Track
     from fasttht.pipelines.threaded import DecodeInto
 
-# Decoded images up to this size share one buffer per thread: fresh pages for each cost a tenth of its decoding. A
+# Decoded images up to this size share one buffer per thread: fresh pages for each are page faults. A
 # larger one is rare, and its buffer is not kept.
 _MAX_SCRATCH_BYTES = 32 << 20
 

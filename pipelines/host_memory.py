@@ -1,4 +1,4 @@
-"""Host memory for batches, recycled: fresh pages for every batch cost a tenth of its decoding in page faults.
+"""Host memory for batches, recycled: fresh pages cost 28 us an image of 224 pixels, a twentieth of its decoding.
 
 A slot's lifetime. On the way to a GPU the slots are pinned and belong to torch's caching host allocator: a slot that
 is let go is given out again only after the event that the allocator recorded behind its last asynchronous copy. On

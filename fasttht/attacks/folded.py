@@ -1,8 +1,8 @@
 """FoldedNet: a TwoHead's logits with BN folded into the convolutions, for gradients with respect to the input only.
 
 Folding changes no function, only rounding: w' = w gamma / sqrt(var + eps), b' = beta - mean gamma / sqrt(var + eps).
-It halves the passes over the activations, and a ReLU's output is at once what the next convolution keeps for its
-backward, so the attack needs half of the memory.
+It saves a quarter of the activation bytes (ResNet-50: 348 to 259 MB an image and gradient, counted by `bench ladder`),
+and a ReLU's output is at once what the next convolution keeps for its backward: one saved tensor serves both.
 """
 
 from __future__ import annotations

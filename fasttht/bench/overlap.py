@@ -12,6 +12,7 @@ import torch
 
 from fasttht.attacks.pgd import FP16_LOSS_SCALE, Draw, attack, evaluating, input_gradient
 from fasttht.attacks.threat import Threat
+from fasttht.bench.jobs import synchronize
 from fasttht.bench.windows import Candidate, Clock, Progress, quartiles
 from fasttht.models.two_head import TwoHead
 from fasttht.pipelines import DataError
@@ -132,20 +133,15 @@ def _attack_step(device: torch.device, batch_size: int, img_size: int) -> Callab
 
 def _time_steps(step: Callable[[], None], device: torch.device, seconds: float, clock: Clock) -> float:
     """Run steps for at least `seconds`, one at the least; return milliseconds per step."""
-    _synchronize(device)
+    synchronize(device)
     start = end = clock()
     num_steps = 0
     while end - start < seconds or not num_steps:
         step()
-        _synchronize(device)  # once a step: the queue of launches stays as short as a training loop's
+        synchronize(device)  # once a step: the queue of launches stays as short as a training loop's
         num_steps += 1
         end = clock()
     return 1000 * (end - start) / num_steps
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from fasttht.bench.env import package_version
+from fasttht.bench.jobs import synchronize
 from fasttht.bench.windows import Candidate
 from fasttht.pipelines.backends import DECODERS, why_not
 from fasttht.pipelines.beton import BetonFile
@@ -124,7 +125,7 @@ class OurLoader:
                 # Closed by name: left to the garbage collector, its threads would work on into another's window.
                 with closing(_generator(self._loader)) as epoch:
                     for batch in epoch:
-                        _arrived(self._device)
+                        synchronize(self._device)  # a batch that is only promised is not counted
                         yield len(batch.y)
         finally:
             self._loader.close()
@@ -187,7 +188,7 @@ class StockFfcv:
                 try:
                     _await_first(epoch)
                     for batch in epoch:
-                        _arrived(self._device)
+                        synchronize(self._device)  # a batch that is only promised is not counted
                         yield len(batch[0])
                 finally:
                     # Told to end, it still fills its queue; then its thread looks up.
@@ -227,7 +228,7 @@ class TorchvisionCuda:
             for step in range(self._plan.num_steps):
                 index = self._plan.batch(order, step)
                 self._batch(index)
-                _arrived(self._device)
+                synchronize(self._device)
                 yield len(index)
 
     def _batch(self, index: Index) -> torch.Tensor:
@@ -243,12 +244,6 @@ class TorchvisionCuda:
 
     def seconds(self) -> dict[str, float]:
         return {}
-
-
-def _arrived(device: torch.device) -> None:
-    """Wait until the batch just delivered is on the device: a batch that is only promised is not counted."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
 
 
 def _generator(loader: Loader) -> Generator[Any]:
