@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fasttht.config import TrainConfig, passes
+from fasttht.config import TrainConfig
 from fasttht.errors import UsageError
 from fasttht.models.clean_encoder import CleanEncoder, load_frozen
 from fasttht.models.two_head import TwoHead
@@ -18,6 +18,7 @@ from fasttht.pipelines.loader import Loader
 from fasttht.pipelines.plan import Augment, EpochPlan
 from fasttht.pipelines.samples import Paged
 from fasttht.pipelines.splits import Splits
+from fasttht.resolve import passes
 from fasttht.schedule import Schedule
 from fasttht.state import TrainState
 

@@ -16,9 +16,10 @@ from cyclopts.exceptions import CycloptsError
 import fasttht
 from fasttht import config_file
 from fasttht.bench.commands import bench_app
-from fasttht.config import Many, Pixels, TrainConfig, resolve
+from fasttht.config import Many, Pixels, TrainConfig
 from fasttht.data_commands import data_app
 from fasttht.errors import FastthtError, UsageError
+from fasttht.resolve import resolve
 
 app = App(
     name="fasttht",

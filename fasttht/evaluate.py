@@ -20,12 +20,13 @@ from fasttht import checkpoint, kernels, log
 from fasttht.attacks.pgd import Draw, attack, evaluating, input_gradient
 from fasttht.attacks.threat import Threat
 from fasttht.build import build_loader, build_model, open_device
-from fasttht.config import TrainConfig, check_ranges
+from fasttht.config import TrainConfig
 from fasttht.config_file import pixels_text
 from fasttht.errors import CheckpointError
 from fasttht.models.two_head import TwoHead
 from fasttht.pipelines.loader import Loader
 from fasttht.pipelines.splits import open_splits
+from fasttht.resolve import check_ranges
 from fasttht.run_folder import RunFolder
 
 # What `--goal` means as values of Threat.targeted; None leaves it to the run.

@@ -17,7 +17,7 @@ import torch
 from fasttht import checkpoint, log
 from fasttht.attacks.pgd import Draw
 from fasttht.build import build_loader, build_state, describe_loader, open_device
-from fasttht.config import TrainConfig, passes
+from fasttht.config import TrainConfig
 from fasttht.config_file import digest, identity, pixels_text
 from fasttht.errors import CheckpointError, Interrupted, NonFiniteError, UsageError
 from fasttht.evaluate import evaluate, record, threats
@@ -26,6 +26,7 @@ from fasttht.models.two_head import CosineClassifier
 from fasttht.objectives import OBJECTIVES
 from fasttht.pipelines.loader import Batch
 from fasttht.pipelines.splits import open_splits
+from fasttht.resolve import passes
 from fasttht.run_folder import METRICS, TIMING, RunFolder
 from fasttht.signals import stop_signals
 from fasttht.steps import free_step, standard_step

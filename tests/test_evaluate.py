@@ -10,10 +10,11 @@ import torch
 
 from fasttht.attacks.threat import Threat
 from fasttht.build import build_loader, build_model
-from fasttht.config import TrainConfig, resolve
+from fasttht.config import TrainConfig
 from fasttht.config_file import from_flat, read_preset
 from fasttht.evaluate import Score, evaluate, record, step_size, threats
 from fasttht.pipelines.splits import Splits, open_splits
+from fasttht.resolve import resolve
 
 ATTACKS = [
     Threat(eps=0.15, alpha=0.1, steps=0),

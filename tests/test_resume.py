@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from fasttht import checkpoint
-from fasttht.config import TrainConfig, resolve
+from fasttht.config import TrainConfig
 from fasttht.config_file import from_flat, read_preset
 from fasttht.errors import CheckpointError, Interrupted, UsageError
 from fasttht.pipelines import DataError
+from fasttht.resolve import resolve
 from fasttht.train import Trainer
 
 # Three steps a pass, two passes; rows of metrics fall between checkpoints, so their sums must be saved too.

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fasttht import kernels
 from fasttht.attacks.pgd import Draw
 from fasttht.build import build_model
-from fasttht.config import TrainConfig, resolve
+from fasttht.config import TrainConfig
 from fasttht.models.clean_encoder import CleanEncoder
 from fasttht.pipelines.loader import Batch
+from fasttht.resolve import resolve
 from fasttht.schedule import Schedule
 from fasttht.state import TrainState
 from fasttht.steps import free_step, standard_step

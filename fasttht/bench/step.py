@@ -13,9 +13,10 @@ from fasttht.bench.env import environment
 from fasttht.bench.jobs import summarise_jobs, time_jobs
 from fasttht.bench.windows import Progress
 from fasttht.build import amp_dtype_of, build_model, build_schedule
-from fasttht.config import AttackConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, resolve
+from fasttht.config import AttackConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from fasttht.models.clean_encoder import CleanEncoder
 from fasttht.pipelines.loader import Batch
+from fasttht.resolve import resolve
 from fasttht.state import TrainState
 from fasttht.steps import free_step, standard_step
 

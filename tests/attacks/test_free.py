@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from fasttht.attacks.free import FreeDelta, perturbed
 from fasttht.build import build_model
-from fasttht.config import TrainConfig, resolve
+from fasttht.config import TrainConfig
 from fasttht.models.clean_encoder import CleanEncoder
 from fasttht.models.two_head import TwoHead
 from fasttht.pipelines.loader import Batch
+from fasttht.resolve import resolve
 from fasttht.schedule import Schedule
 from fasttht.state import TrainState
 from fasttht.steps import free_step

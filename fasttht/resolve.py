@@ -1,0 +1,134 @@
+"""From what was asked to what will run: derived options filled in, impossible combinations refused. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+from fasttht.config import TrainConfig
+from fasttht.errors import UsageError
+
+
+def passes(config: TrainConfig, epochs: float) -> int:
+    """Return how many passes over the data a number of (replayed) epochs is, rounded up."""
+    return math.ceil(epochs / config.attack.replay)
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Fill in what is derived and refuse what cannot be; returns a new config without Nones that matter.
+
+    Raises: UsageError naming the flag, what it expects, what it got and what to do.
+    """
+    config = dataclasses.replace(
+        config, **{f.name: dataclasses.replace(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    )
+    data, attack, method, optim = config.data, config.attack, config.method, config.optim
+    free = attack.replay > 1
+    if free and attack.steps is not None:
+        raise UsageError(
+            f"--replay {attack.replay}: expected no --steps beside it, got --steps {attack.steps}; "
+            "free training replays minibatches instead of taking PGD steps: drop one of the two"
+        )
+    if method.objective == "that" and method.bank_size == 0 and method.negatives == "bank":
+        method.objective = "at"
+    if method.objective == "clean" and free:
+        raise UsageError("--objective clean: expected no --replay, got --replay; clean training has no attack")
+    if attack.attack_bn == "batch" and attack.attack_engine not in ("auto", "eager"):
+        raise UsageError(
+            f"--attack-engine: expected eager beside --attack-bn batch, got {attack.attack_engine}; "
+            "statistics that differ from batch to batch cannot be folded into weights"
+        )
+    if free and attack.targeted:
+        raise UsageError("--replay: expected an untargeted attack, got --targeted; free training ascends on the label")
+    check_ranges(config)
+
+    if attack.eps is None:
+        attack.eps = 4 / 255 if free else 16 / 255
+    if attack.alpha is None:
+        attack.alpha = attack.eps if free else attack.eps / 4
+    if attack.attack_start == "lattice":
+        for flag, length in (("--eps", attack.eps), ("--alpha", attack.alpha)):
+            if free or abs(255 * length - round(255 * length)) > 1e-6:
+                got = "--replay" if free else f"{255 * length:g}/255"
+                raise UsageError(
+                    f"{flag}: expected a whole number of 255ths in standard training beside --attack-start lattice, "
+                    f"got {got}; take --attack-start uniform"
+                )
+    if attack.targeted is None:
+        attack.targeted = not free
+    if not free and attack.steps is None:
+        attack.steps = 10
+    if config.model.classifier is None:
+        config.model.classifier = "cosine" if method.objective == "that" else "linear"
+    if optim.epochs is None:
+        optim.epochs = 90 if free else 100
+    if optim.batch_size is None:
+        optim.batch_size = 2048 if free else 4096
+    if optim.lr is None:
+        optim.lr = 0.1 * optim.batch_size / 256
+    if optim.decay_milestones is None:
+        if free:  # every ceil(epochs/3/m) passes, said in epochs
+            third = passes(config, optim.epochs / 3) * attack.replay
+            optim.decay_milestones = (third, 2 * third)
+        else:
+            optim.decay_milestones = tuple(round(optim.epochs * share) for share in (0.35, 0.6, 0.9))
+    if data.data is not None:  # a run folder must be readable from any working directory
+        data.data = data.data.absolute()
+    if method.clean_encoder not in (None, "momentum"):
+        method.clean_encoder = str(Path(method.clean_encoder).absolute())
+    if optim.batch_size % optim.grad_accum_steps:
+        raise UsageError(
+            f"--grad-accum-steps: expected a divisor of the batch size {optim.batch_size}, got {optim.grad_accum_steps}"
+        )
+    if method.objective != "that":
+        method.clean_encoder = None
+    elif method.clean_encoder is None and data.data is not None:
+        raise UsageError(
+            "--clean-encoder: expected a file, a run folder or `momentum`, got nothing; THAT pulls features to a "
+            "clean encoder's: give a self-supervised one, or `momentum` for the variant of Table 7"
+        )
+    elif method.clean_encoder is None:
+        method.clean_encoder = "momentum"
+    return config
+
+
+def check_ranges(config: TrainConfig) -> None:
+    """Refuse numbers outside their ranges. Raises: UsageError naming the flag, the range and the value."""
+    data, attack, method, optim = config.data, config.attack, config.method, config.optim
+    at_least: list[tuple[str, float | None, float]] = [
+        ("--img-size", data.img_size, 1), ("--workers", data.workers, 0), ("--width", config.model.width, 1),
+        ("--feat-dim", config.model.feat_dim, 1), ("--steps", attack.steps, 0), ("--replay", attack.replay, 1),
+        ("--bank-size", method.bank_size, 0), ("--lambda-cl", method.lambda_cl, 0), ("--epochs", optim.epochs, 1),
+        ("--batch-size", optim.batch_size, 1), ("--grad-accum-steps", optim.grad_accum_steps, 1),
+        ("--lr", optim.lr, 0), ("--weight-decay", optim.weight_decay, 0), ("--warmup-lr", optim.warmup_lr, 0),
+        ("--warmup-epochs", optim.warmup_epochs, 0), ("--decay-rate", optim.decay_rate, 0),
+        ("--eval-interval", config.evaluation.eval_interval, 0), ("--scale-init", config.model.scale_init, 1),
+        ("--eval-batch-size", config.evaluation.eval_batch_size, 1), ("--seed", config.run.seed, 0),
+        ("--checkpoint-interval", config.run.checkpoint_interval, 0), ("--max-bad-samples", data.max_bad_samples, 0),
+        ("--threads", config.run.threads, 0), ("--log-interval", config.run.log_interval, 1),
+        ("--checkpoint-hist", config.run.checkpoint_hist, 1), ("--eval-steps", min(config.evaluation.eval_steps), 0),
+    ]  # fmt: skip
+    for flag, value, low in at_least:
+        if value is not None and not value >= low:
+            raise UsageError(f"{flag}: expected at least {low:g}, got {value:g}")
+    shares = [
+        ("--hflip", data.hflip), ("--start-clean-prob", attack.start_clean_prob), ("--momentum", optim.momentum),
+        ("--encoder-momentum", method.encoder_momentum), ("--smoothing", optim.smoothing),
+        ("--model-ema-decay", optim.model_ema_decay), ("--crop-pct", data.crop_pct),
+    ]  # fmt: skip
+    for flag, value in shares:
+        if not 0 <= value <= 1:
+            raise UsageError(f"{flag}: expected a number in [0, 1], got {value:g}")
+    if not data.crop_pct > 0:
+        raise UsageError("--crop-pct: expected more than 0, got 0; 1 keeps the whole short side")
+    if not data.stall_timeout > 0:
+        raise UsageError(f"--stall-timeout: expected a positive number of seconds, got {data.stall_timeout:g}")
+    if not method.tau > 0:
+        raise UsageError(f"--tau: expected a positive temperature, got {method.tau:g}")
+    if not 0 < data.scale[0] <= data.scale[1] <= 1:
+        raise UsageError(f"--scale: expected 0 < low <= high <= 1, got {data.scale[0]:g} {data.scale[1]:g}")
+    if not 0 < data.ratio[0] <= data.ratio[1]:
+        raise UsageError(f"--ratio: expected 0 < low <= high, got {data.ratio[0]:g} {data.ratio[1]:g}")
+    if optim.nesterov and not optim.momentum > 0:
+        raise UsageError("--momentum: expected more than 0 with Nesterov momentum, got 0; add --no-nesterov")
