@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import random
 from collections.abc import Iterator
 from types import ModuleType
@@ -11,6 +12,10 @@ import numpy as np
 import pytest
 import rich.style  # noqa: F401 -- draws a random number when first imported
 import torch
+
+# Stock FFCV computes through numba, whose pool of TBB threads does not survive a fork in the process (some tests do):
+# when the interpreter then ends, it may wait for them for ever.
+os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
 
 GPU_REASON = "needs a CUDA device; runs in tools/gpu_check.sh"
 
