@@ -86,8 +86,10 @@ def evaluate(
     goal: Literal["run", "untargeted", "targeted", "both"] = "run",
     eps: Pixels | None = None,
     eval_rule: Literal["ratio", "paper"] | None = None,
+    eval_restarts: int | None = None,
     eval_batch_size: int | None = None,
     output: Path | None = None,
+    per_image: Path | None = None,
     device: str = "auto",
 ) -> int:
     """Evaluate a run folder's newest checkpoint on clean and PGD-attacked held-out images.
@@ -106,18 +108,82 @@ def evaluate(
         Radius of the linf ball. Default: the run's own.
     eval_rule
         Step size for K steps. ratio: 2.5 eps/K; paper: max(1/255, eps/K). Default: the run's own.
+    eval_restarts
+        Random starts per attack; above 1 the worst of them for each image is reported as well. Default: the run's own.
     eval_batch_size
         Images per batch. Default: the run's own.
     output
         Also append the row as one JSON line to this file.
+    per_image
+        Also write which images were right to this file, a NumPy archive with a bool for each image under each attack.
     device
         cpu, cuda or cuda:N; auto: cuda if there is one, else cpu.
     """
     from fasttht.evaluate import evaluate_run
 
-    settings = {"eval_steps": eval_steps, "eval_rule": eval_rule, "eval_batch_size": eval_batch_size}
+    settings = {
+        "eval_steps": eval_steps, "eval_rule": eval_rule, "eval_restarts": eval_restarts,
+        "eval_batch_size": eval_batch_size,
+    }  # fmt: skip
     changes = {name: value for name, value in settings.items() if value is not None}
-    evaluate_run(run, changes=changes, goal=goal, eps=eps, output=output, device=device)
+    evaluate_run(run, changes=changes, goal=goal, eps=eps, output=output, per_image=per_image, device=device)
+    return 0
+
+
+@app.command
+def compare(
+    *train_options: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    methods: Annotated[tuple[str, ...], Many] = ("at", "that"),
+    seeds: Annotated[tuple[int, ...], Many] = (0, 1, 2),
+    output: Path = Path("runs/compare"),
+    eval_steps: Annotated[tuple[int, ...], Many] = (10, 50),
+    eval_restarts: int = 5,
+    jobs: int = 1,
+) -> int:
+    """Train several methods over several seeds, evaluate them alike, and test their differences image by image.
+
+    The same command again continues: runs that are finished are not trained again. Ends with a table of mean and
+    standard deviation over the seeds, and with what the images separate (McNemar's exact test on all seeds' images,
+    corrected for the number of tests); the same as JSON in the output folder.
+
+    Parameters
+    ----------
+    train_options
+        After --: options of `fasttht train` for every run, such as -- --epochs 24.
+    methods
+        Objectives, each with `-free` behind it for free training (--replay 4). The first is what others are tested
+        against.
+    seeds
+        One run of each method for each.
+    output
+        Folder of the run folders.
+    eval_steps
+        PGD lengths, untargeted.
+    eval_restarts
+        Random starts of each attack; the worst of them for each image is a column of its own.
+    jobs
+        Runs at a time.
+    """
+    from fasttht import log
+    from fasttht.compare import Plan, cells, sentences, write_report
+    from fasttht.compare import compare as run_all
+
+    for flag, values in (("--methods", methods), ("--seeds", seeds), ("--eval-steps", eval_steps)):
+        if not values or len(set(values)) < len(values):
+            raise UsageError(f"{flag}: expected one or more, each once, got {' '.join(map(str, values)) or 'none'}")
+    if jobs < 1 or eval_restarts < 1:
+        raise UsageError(f"--jobs and --eval-restarts: expected at least 1, got {jobs} and {eval_restarts}")
+    plan = Plan(methods, seeds, output, eval_steps, eval_restarts, train_options, jobs)
+    report = run_all(plan, log.say)
+    log.table(
+        f"{report['images']} held-out images, seeds {' '.join(map(str, seeds))}: top-1 %, mean and standard deviation",
+        ["method", *report["rows"][0]["scores"]],
+        [cells(row) for row in report["rows"]],
+    )
+    for sentence in sentences(report["paired"]):
+        log.say(sentence)
+    write_report(report, output / "compare.json")
+    log.say(f"report: {output / 'compare.json'}")
     return 0
 
 

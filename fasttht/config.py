@@ -177,6 +177,8 @@ class EvalConfig:
     "PGD lengths to evaluate; --eval-steps 0 is noise alone."
     eval_rule: Literal["ratio", "paper"] = "ratio"
     "Step size for K steps. ratio: 2.5 eps/K; paper: max(1/255, eps/K)."
+    eval_restarts: int = 1
+    "Random starts per attack; above 1 the worst of them for each image is reported as well, as pgd10_r5."
     eval_interval: int = 0
     "Evaluate every so many passes as well as at the end; 0 disables."
     eval_batch_size: int = 256

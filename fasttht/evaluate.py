@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from fasttht import checkpoint, kernels, log
 from fasttht.attacks.pgd import Draw, attack, evaluating, input_gradient
@@ -37,10 +39,17 @@ GOALS: dict[str, tuple[bool, ...] | None] = {
 
 @dataclass(frozen=True)
 class Score:
-    """How many of `images` were classified correctly."""
+    """Which held-out images were classified correctly: hits (N,) bool, on the CPU, by dataset row."""
 
-    correct: int
-    images: int
+    hits: Tensor
+
+    @property
+    def correct(self) -> int:
+        return int(self.hits.sum())
+
+    @property
+    def images(self) -> int:
+        return len(self.hits)
 
     @property
     def top1(self) -> float:
@@ -76,30 +85,44 @@ def evaluate(
     *,
     seed: int,
     num_classes: int,
+    restarts: int = 1,
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, Score]:
-    """Count correct predictions on clean images and under each attack; the model's mode is restored.
+    """Classify clean images and those of each attack; the model's mode is restored.
 
-    The loader must be an evaluation loader; it is walked once. Returns a Score by name: `clean`, `pgd10`, ...
-    on_batch is called with the number of images done.
+    The loader must be an evaluation loader; it is walked once. Returns a Score by name: `clean`, `pgd10`, ..., and
+    with R > 1 restarts also `pgd10_r5`, ...: right only under every one of R attacks from other random starts, the
+    first of which is the one of `pgd10`. on_batch is called with the number of images done.
     """
     device = next(model.parameters()).device
-    counts = torch.zeros(1 + len(attacks), dtype=torch.int64, device=device)
+    names = ["clean"]
+    for threat in attacks:
+        names += [threat.name] if restarts == 1 else [threat.name, f"{threat.name}_r{restarts}"]
+    hits = {name: torch.zeros(len(loader.samples), dtype=torch.bool, device=device) for name in names}
     images, gradient = 0, input_gradient(model.logits)
+
+    @torch.no_grad()
+    def right(x: Tensor) -> Tensor:
+        return model.logits(x).argmax(dim=1) == batch.y
+
     with evaluating(model), _full_precision():
         for batch in loader:
             x = kernels.u8_to_input(batch.x)
-            with torch.no_grad():
-                counts[0] += (model.logits(x).argmax(dim=1) == batch.y).sum()
-            for i, threat in enumerate(attacks, start=1):
-                attacked = attack(gradient, x, batch.y, batch.index, threat, Draw(seed), num_classes=num_classes)
-                with torch.no_grad():
-                    counts[i] += (model.logits(attacked.x_adv).argmax(dim=1) == batch.y).sum()
+            hits["clean"][batch.index] = right(x)
+            for threat in attacks:
+                worst = torch.ones_like(batch.y, dtype=torch.bool)
+                for restart in range(restarts):
+                    draw = Draw(seed, epoch=restart)
+                    attacked = attack(gradient, x, batch.y, batch.index, threat, draw, num_classes=num_classes)
+                    worst &= right(attacked.x_adv)
+                    if restart == 0:
+                        hits[threat.name][batch.index] = worst
+                if restarts > 1:
+                    hits[f"{threat.name}_r{restarts}"][batch.index] = worst
             images += len(batch.y)
             if on_batch is not None:
                 on_batch(images)
-    names = ["clean", *(threat.name for threat in attacks)]
-    return {name: Score(correct, images) for name, correct in zip(names, counts.tolist(), strict=True)}
+    return {name: Score(found.cpu()) for name, found in hits.items()}
 
 
 def evaluate_run(
@@ -109,13 +132,15 @@ def evaluate_run(
     goal: str,
     eps: float | None = None,
     output: Path | None = None,
+    per_image: Path | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Evaluate a run folder's newest checkpoint, print the table, and return the row.
 
     changes are options of the evaluation section that differ from the run's, eps another radius; output gets the row
-    as one more JSON line. The moving average of the weights is
-    what is evaluated, if the run keeps one. Nothing in the run folder is changed.
+    as one more JSON line, per_image a NumPy archive of which images were right: one bool array (N,) by dataset row
+    for each score. The moving average of the weights is what is evaluated, if the run keeps one. Nothing in the run
+    folder is changed.
 
     Raises: CheckpointError if there is no whole checkpoint; DataError if the run's data are gone.
     """
@@ -126,8 +151,9 @@ def evaluate_run(
     if eps is not None:
         config.attack.eps = eps
     check_ranges(config)
-    if output is not None:
-        output.open("a").close()  # now, not after hours of attacks
+    for file in (output, per_image):
+        if file is not None:
+            file.open("a").close()  # now, not after hours of attacks
     found = checkpoint.newest(path, checkpoint.refuse)
     if found is None:
         raise CheckpointError(f"{path}: expected a run with a checkpoint, got none yet")
@@ -150,6 +176,7 @@ def evaluate_run(
             attacks,
             seed=config.run.seed,
             num_classes=splits.num_classes,
+            restarts=config.evaluation.eval_restarts,
             on_batch=screen.advance,
         )
     assert config.attack.eps is not None, "the config was not resolved"
@@ -160,9 +187,13 @@ def evaluate_run(
     average = ", moving average of the weights" if name == "ema" else ""
     eps_text = pixels_text(config.attack.eps)
     log.scores(f"{path} at {found.name}{average}: {row['images']} held-out images, linf eps {eps_text}", row)
+    if per_image is not None:
+        with per_image.open("wb") as archive:
+            found_hits: Any = {name: score.hits.numpy() for name, score in scores.items()}
+            np.savez_compressed(archive, **found_hits)
     if output is not None:
-        with output.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with output.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
     return row
 
 

@@ -195,7 +195,7 @@ class Trainer:
         with log.Screen("evaluate", len(self.splits.val), "images") as screen:
             scores = evaluate(
                 model, self.eval_loader, attacks, seed=self.config.run.seed, num_classes=self.splits.num_classes,
-                on_batch=screen.advance,
+                restarts=self.config.evaluation.eval_restarts, on_batch=screen.advance,
             )  # fmt: skip
         row = {"kind": kind, "epoch": self.loader.epoch, "step": self.state.step, **record(scores)}
         self.folder.append(METRICS, row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,9 +96,28 @@ def test_counts_are_those_of_a_plain_loop(splits: Splits) -> None:
 
 
 def test_rows_are_percent_with_the_number_of_images() -> None:
-    assert record({"clean": Score(3, 4), "pgd10": Score(1, 3)}) == {
-        "clean_top1": 75.0, "pgd10_top1": 33.3333, "images": 4,
-    }  # fmt: skip
+    scores = {"clean": Score(torch.tensor([1, 0, 1, 1]) > 0), "pgd10": Score(torch.tensor([0, 0, 1]) > 0)}
+    assert record(scores) == {"clean_top1": 75.0, "pgd10_top1": 33.3333, "images": 4}
+
+
+def test_restarts_keep_what_every_start_left_right(splits: Splits) -> None:
+    """The worst of R is the conjunction of R evaluations, each from its own starts; the first is the plain one."""
+    config = config_of(eval_batch_size=77)
+    model = build_model(config, 10, torch.device("cpu"))
+    loader = build_loader(config, splits, torch.device("cpu"), train=False)
+    threat = Threat(eps=0.15, alpha=0.1, steps=1)
+
+    def scored(restarts: int) -> dict[str, Score]:
+        return evaluate(model, loader, [threat], seed=3, num_classes=10, restarts=restarts)
+
+    one, three, five = scored(1), scored(3), scored(5)
+    assert list(three) == ["clean", "pgd1", "pgd1_r3"]
+    assert torch.equal(one["pgd1"].hits, three["pgd1"].hits)
+    worst_of_three, worst_of_five = three["pgd1_r3"].hits, five["pgd1_r5"].hits
+    assert not (worst_of_three & ~one["pgd1"].hits).any()
+    assert not (worst_of_five & ~worst_of_three).any()
+    assert five["pgd1_r5"].correct < one["pgd1"].correct
+    assert one["clean"].images == 360
 
 
 @pytest.mark.parametrize(
@@ -129,7 +149,14 @@ def test_evaluating_a_run_leaves_its_folder_as_it_was(tmp_path: Path, splits: Sp
     row = Trainer(config_of(**options)).fit()
     assert row is not None
     before = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
-    again = evaluate_run(tmp_path / "r", changes={}, goal="run", output=tmp_path / "row.json")
+    again = evaluate_run(
+        tmp_path / "r", changes={}, goal="run", output=tmp_path / "row.json", per_image=tmp_path / "hits.npz"
+    )
+    with np.load(tmp_path / "hits.npz") as hits:
+        assert sorted(hits) == ["clean", "pgd3"]
+        assert {name: 100 * hits[name].mean() for name in hits} == pytest.approx(
+            {"clean": row["clean_top1"], "pgd3": row["pgd3_top1"]}, abs=1e-4
+        )
     assert again["clean_top1"] == row["clean_top1"]
     assert again["pgd3_top1"] == row["pgd3_top1"]
     assert before == {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
