@@ -71,8 +71,7 @@ def train(*, preset: Preset = None, config_path: ConfigFile = None, config: Conf
             log.say(f"{' and '.join(unchecked)}: no manifest, so damaged images may go unseen; see fasttht data verify")
         row = trainer.fit()
     assert row is not None, "a run that was not stopped has a final row"
-    assert chosen.attack.eps is not None, "the config was resolved"
-    log.scores(f"{row['images']} held-out images, linf eps {config_file.pixels_text(chosen.attack.eps)}", row)
+    log.scores(f"{row['images']} held-out images, {config_file.radius_text(chosen)}", row)
     log.say(f"run folder: {folder.path}")
     return 0
 
@@ -85,6 +84,7 @@ def evaluate(
     eval_steps: Annotated[tuple[int, ...] | None, Many] = None,
     goal: Literal["run", "untargeted", "targeted", "both"] = "run",
     eps: Pixels | None = None,
+    norm: Literal["linf", "l2", "l2-relative"] | None = None,
     eval_rule: Literal["ratio", "paper"] | None = None,
     eval_restarts: int | None = None,
     eval_batch_size: int | None = None,
@@ -105,9 +105,11 @@ def evaluate(
     goal
         Attack goals. run: untargeted, and targeted too if the run trained against that.
     eps
-        Radius of the linf ball. Default: the run's own.
+        Radius of the ball. Default: the run's own; for another --norm that norm's default.
+    norm
+        Norm of the ball. l2-relative: eps times each image's own l2 norm (Table 4). Default: the run's own.
     eval_rule
-        Step size for K steps. ratio: 2.5 eps/K; paper: max(1/255, eps/K). Default: the run's own.
+        Step size for K steps. ratio: 2.5 eps/K; paper: max(1/255, eps/K), in l2 eps/K. Default: the run's own.
     eval_restarts
         Random starts per attack; above 1 the worst of them for each image is reported as well. Default: the run's own.
     eval_batch_size
@@ -126,7 +128,7 @@ def evaluate(
         "eval_batch_size": eval_batch_size,
     }  # fmt: skip
     changes = {name: value for name, value in settings.items() if value is not None}
-    evaluate_run(run, changes=changes, goal=goal, eps=eps, output=output, per_image=per_image, device=device)
+    evaluate_run(run, changes=changes, goal=goal, eps=eps, norm=norm, output=output, per_image=per_image, device=device)
     return 0
 
 

@@ -20,7 +20,7 @@ QUICKSTART = "quickstart"
 # Options that change where or how a run is computed, but not what is computed: a resume may change them.
 _NOT_IDENTITY = {
     "output", "workers", "device", "resume", "checkpoint_interval", "checkpoint_hist", "log_interval",
-    "eval_batch_size", "tensorboard", "threads", "max_bad_samples", "stall_timeout",
+    "eval_batch_size", "tensorboard", "attack_graph", "threads", "max_bad_samples", "stall_timeout",
 }  # fmt: skip
 
 
@@ -63,6 +63,17 @@ def pixels_text(value: float) -> str:
     if float(levels) == value and 255 % levels.denominator == 0 and levels.denominator > 1:
         return f"{levels * 255}/255"
     return repr(value)
+
+
+def length_text(norm: str, value: float) -> str:
+    """Return eps or alpha as people write it in this norm: `16/255`, or in l2 `0.06`."""
+    return pixels_text(value) if norm == "linf" else f"{value:g}"
+
+
+def radius_text(config: TrainConfig) -> str:
+    """Return norm and radius of a resolved configuration's attacks: `linf eps 16/255`."""
+    assert config.attack.eps is not None, "the config was not resolved"
+    return f"{config.attack.norm} eps {length_text(config.attack.norm, config.attack.eps)}"
 
 
 def _toml_value(key: str, value: Any) -> str:

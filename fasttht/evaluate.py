@@ -20,15 +20,15 @@ from torch import Tensor
 
 from fasttht import checkpoint, kernels, log
 from fasttht.attacks.pgd import Draw, attack, evaluating, input_gradient
-from fasttht.attacks.threat import Threat
+from fasttht.attacks.threat import Norm, Threat
 from fasttht.build import build_loader, build_model, open_device
 from fasttht.config import TrainConfig
-from fasttht.config_file import pixels_text
+from fasttht.config_file import radius_text
 from fasttht.errors import CheckpointError
 from fasttht.models.two_head import TwoHead
 from fasttht.pipelines.loader import Loader
 from fasttht.pipelines.splits import open_splits
-from fasttht.resolve import check_ranges
+from fasttht.resolve import check_ranges, default_eps
 from fasttht.run_folder import RunFolder
 
 # What `--goal` means as values of Threat.targeted; None leaves it to the run.
@@ -57,9 +57,11 @@ class Score:
         return 100 * self.correct / self.images
 
 
-def step_size(eps: float, steps: int, rule: str) -> float:
-    """Return the evaluation's alpha: 2.5 eps/K (`ratio`), or max(1/255, eps/K) (`paper`)."""
-    return max(1 / 255, eps / max(steps, 1)) if rule == "paper" else 2.5 * eps / max(steps, 1)
+def step_size(eps: float, steps: int, rule: str, norm: str = "linf") -> float:
+    """Return the evaluation's alpha: 2.5 eps/K (`ratio`), or max(1/255, eps/K) (`paper`; in l2 without the floor)."""
+    if rule == "paper":
+        return max(1 / 255 if norm == "linf" else 0.0, eps / max(steps, 1))
+    return 2.5 * eps / max(steps, 1)
 
 
 def threats(config: TrainConfig, goals: Sequence[bool] | None = None) -> list[Threat]:
@@ -67,12 +69,18 @@ def threats(config: TrainConfig, goals: Sequence[bool] | None = None) -> list[Th
 
     goals lists values of `targeted`; by default untargeted, and targeted too if the run trained against that.
     """
-    evaluation, eps = config.evaluation, config.attack.eps
+    evaluation, eps, norm = config.evaluation, config.attack.eps, config.attack.norm
     assert eps is not None, "the config was not resolved"
     if goals is None:
         goals = (False, True) if config.attack.targeted else (False,)
     return [
-        Threat(eps=eps, alpha=step_size(eps, steps, evaluation.eval_rule), steps=steps, targeted=targeted)
+        Threat(
+            eps=eps,
+            alpha=step_size(eps, steps, evaluation.eval_rule, norm),
+            steps=steps,
+            targeted=targeted,
+            norm=norm,
+        )
         for targeted in goals
         for steps in evaluation.eval_steps
     ]
@@ -131,16 +139,17 @@ def evaluate_run(
     changes: dict[str, Any],
     goal: str,
     eps: float | None = None,
+    norm: Norm | None = None,
     output: Path | None = None,
     per_image: Path | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Evaluate a run folder's newest checkpoint, print the table, and return the row.
 
-    changes are options of the evaluation section that differ from the run's, eps another radius; output gets the row
-    as one more JSON line, per_image a NumPy archive of which images were right: one bool array (N,) by dataset row
-    for each score. The moving average of the weights is what is evaluated, if the run keeps one. Nothing in the run
-    folder is changed.
+    changes are options of the evaluation section that differ from the run's, eps another radius, norm another norm (its
+    default radius, unless eps is given). output gets the row as one more JSON line, per_image a NumPy archive of which
+    images were right: one bool array (N,) by dataset row for each score. The moving average of the weights is what is
+    evaluated, if the run keeps one. Nothing in the run folder is changed.
 
     Raises: CheckpointError if there is no whole checkpoint; DataError if the run's data are gone.
     """
@@ -148,7 +157,10 @@ def evaluate_run(
     config = folder.config()
     config.evaluation = dataclasses.replace(config.evaluation, **changes)
     config.run = dataclasses.replace(config.run, device=device)
-    if eps is not None:
+    if norm is not None and norm != config.attack.norm:
+        config.attack.norm, config.attack.alpha = norm, None
+        config.attack.eps = default_eps(norm, free=config.attack.replay > 1) if eps is None else eps
+    elif eps is not None:
         config.attack.eps = eps
     check_ranges(config)
     for file in (output, per_image):
@@ -182,11 +194,11 @@ def evaluate_run(
     assert config.attack.eps is not None, "the config was not resolved"
     row = {
         "run": str(path), "checkpoint": found.name, "weights": name, "seed": config.run.seed,
-        "eps": config.attack.eps, "eval_rule": config.evaluation.eval_rule, **record(scores),
+        "norm": config.attack.norm, "eps": config.attack.eps, "eval_rule": config.evaluation.eval_rule,
+        **record(scores),
     }  # fmt: skip
     average = ", moving average of the weights" if name == "ema" else ""
-    eps_text = pixels_text(config.attack.eps)
-    log.scores(f"{path} at {found.name}{average}: {row['images']} held-out images, linf eps {eps_text}", row)
+    log.scores(f"{path} at {found.name}{average}: {row['images']} held-out images, {radius_text(config)}", row)
     if per_image is not None:
         with per_image.open("wb") as archive:
             found_hits: Any = {name: score.hits.numpy() for name, score in scores.items()}

@@ -39,13 +39,26 @@ def resolve(config: TrainConfig) -> TrainConfig:
             f"--attack-engine: expected eager beside --attack-bn batch, got {attack.attack_engine}; "
             "statistics that differ from batch to batch cannot be folded into weights"
         )
+    if attack.attack_graph == "on" and (free or attack.attack_engine == "eager" or attack.attack_bn == "batch"):
+        got = "--replay" if free else "--attack-engine eager" if attack.attack_bn == "eval" else "--attack-bn batch"
+        raise UsageError(
+            f"--attack-graph: expected auto or off beside {got}, got on; only PGD on a folded network is captured"
+        )
+    if attack.norm != "linf" and (free or attack.attack_start == "lattice"):
+        got = "--replay" if free else "--attack-start lattice"
+        raise UsageError(
+            f"--norm: expected linf beside {got}, got {attack.norm}; "
+            + ("free training steps along signs" if free else "l2 steps do not end on whole levels: take uniform")
+        )
     if free and attack.targeted:
         raise UsageError("--replay: expected an untargeted attack, got --targeted; free training ascends on the label")
     check_ranges(config)
 
     if attack.eps is None:
-        attack.eps = 4 / 255 if free else 16 / 255
-    if attack.alpha is None:
+        attack.eps = default_eps(attack.norm, free=free)
+    if attack.alpha is None and attack.norm != "linf":
+        attack.alpha = 2.5 * attack.eps / max(10 if attack.steps is None else attack.steps, 1)
+    elif attack.alpha is None:
         attack.alpha = attack.eps if free else attack.eps / 4
     if attack.attack_start == "lattice":
         for flag, length in (("--eps", attack.eps), ("--alpha", attack.alpha)):
@@ -93,9 +106,23 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return config
 
 
+def default_eps(norm: str, *, free: bool) -> float:
+    """Return the radius that is meant where none is given. Raises: UsageError for a norm that has none."""
+    if norm == "l2":
+        raise UsageError("--eps: expected a radius beside --norm l2, got nothing; for example --eps 3 at 224 pixels")
+    return 0.06 if norm == "l2-relative" else 4 / 255 if free else 16 / 255
+
+
 def check_ranges(config: TrainConfig) -> None:
     """Refuse numbers outside their ranges. Raises: UsageError naming the flag, the range and the value."""
     data, attack, method, optim = config.data, config.attack, config.method, config.optim
+    for flag, length in (("--eps", attack.eps), ("--alpha", attack.alpha)):
+        if length is not None and not length >= 0:
+            raise UsageError(f"{flag}: expected at least 0, got {length:g}")
+        if length is not None and length > 1 and attack.norm == "linf":
+            raise UsageError(
+                f"{flag}: expected a number in [0, 1] or a fraction, got {length:g}; did you mean {length:g}/255?"
+            )
     at_least: list[tuple[str, float | None, float]] = [
         ("--img-size", data.img_size, 1), ("--workers", data.workers, 0), ("--width", config.model.width, 1),
         ("--feat-dim", config.model.feat_dim, 1), ("--steps", attack.steps, 0), ("--replay", attack.replay, 1),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fasttht import kernels
 from fasttht.attacks.free import perturbed
-from fasttht.attacks.pgd import Draw, attack
+from fasttht.attacks.pgd import Draw
 from fasttht.attacks.threat import Threat
 from fasttht.config import TrainConfig
 from fasttht.objectives import OBJECTIVES, Views
@@ -43,6 +43,7 @@ def train_threat(config: TrainConfig) -> Threat:
         steps=settings.steps or 0,
         targeted=bool(settings.targeted),
         clean_prob=settings.start_clean_prob,
+        norm=settings.norm,
     )
 
 
@@ -61,9 +62,8 @@ def standard_step(state: TrainState, config: TrainConfig, batch: Batch, draw: Dr
         feat_clean = state.clean_features(x)
         x_adv = x
         if state.engine is not None:
-            gradient = state.engine.gradient
             subject = batch.x[part.rows] if config.attack.attack_start == "lattice" else x
-            attacked = attack(gradient, subject, part.y, part.index, threat, draw, num_classes=num_classes)
+            attacked = state.engine.attack(subject, part.y, part.index, threat, draw, num_classes=num_classes)
             x_adv = attacked.x_adv.to(state.dtype)
             state.meter.add(zero_grad=attacked.zero_grad * part.share, nan_grad=attacked.nan_grad * part.share)
         _backward(state, config, Views(x, x_adv, part.y, part.index, feat_clean), part.share)

@@ -18,7 +18,7 @@ from fasttht import checkpoint, log
 from fasttht.attacks.pgd import Draw
 from fasttht.build import build_loader, build_state, describe_loader, open_device
 from fasttht.config import TrainConfig
-from fasttht.config_file import digest, identity, pixels_text
+from fasttht.config_file import digest, identity, length_text, radius_text
 from fasttht.errors import CheckpointError, Interrupted, NonFiniteError, UsageError
 from fasttht.evaluate import evaluate, record, threats
 from fasttht.metrics import Clock, figures, means
@@ -82,10 +82,9 @@ class Trainer:
     def describe(self) -> str:
         """Return the lines that open a run: what is trained, on what, for how long."""
         config, settings, optim = self.config, self.config.attack, self.config.optim
-        assert settings.eps is not None, "the config was not resolved"
         assert settings.alpha is not None, "the config was not resolved"
         how = f"free, {settings.replay} replays" if settings.replay > 1 else f"PGD-{settings.steps}"
-        threat = f"{how}, linf eps {pixels_text(settings.eps)}, alpha {pixels_text(settings.alpha)}"
+        threat = f"{how}, {radius_text(config)}, alpha {length_text(settings.norm, settings.alpha)}"
         lines = [
             f"objective {config.method.objective}, {config.model.arch} on {self.device}, "
             + (threat if self.objective.attacked else "no attack"),

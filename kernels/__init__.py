@@ -9,6 +9,7 @@ if __name__ != "fasttht.kernels":
 
 from fasttht.kernels.convs import conv_add_relu, conv_relu
 from fasttht.kernels.cuda import Implementation, implementation
+from fasttht.kernels.noise import draw_gaussian_start, draw_l2_start
 from fasttht.kernels.ops import (
     bank_write_,
     draw_lattice_start,
@@ -32,7 +33,9 @@ from fasttht.kernels.reference import (
     draw_target,
     image_grad,
     input_shape,
+    int64,
     model_input,
+    per_channel,
     stem_weight,
 )
 
@@ -44,6 +47,8 @@ __all__ = [
     "clip_to_ball_",
     "conv_add_relu",
     "conv_relu",
+    "draw_gaussian_start",
+    "draw_l2_start",
     "draw_lattice_start",
     "draw_lattice_start_at",
     "draw_start",
@@ -55,8 +60,10 @@ __all__ = [
     "image_grad",
     "implementation",
     "input_shape",
+    "int64",
     "model_input",
     "model_input_",
+    "per_channel",
     "pgd_lattice_step_",
     "pgd_lattice_step_input_",
     "pgd_linf_step_",

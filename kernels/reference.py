@@ -237,6 +237,14 @@ def input_shape(shape: Sequence[int], layout: Layout) -> tuple[int, int, int, in
     return batch, 4 if layout == "pad4" else channels, height, width
 
 
+def per_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    """Return one number per channel, (1, C, 1, 1), in the type and on the device of `like`.
+
+    Written there by fills: torch.tensor would copy from the host, which waits and cannot be captured.
+    """
+    return torch.cat([like.new_full((1, 1, 1, 1), value) for value in values], dim=1)
+
+
 def model_input(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, layout: Layout) -> Tensor:
     """Normalise images, round them to `dtype` and lay them out for the first convolution; channels last.
 
@@ -249,10 +257,7 @@ def model_input(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: t
     Shapes: x (B, 3, H, W), float in [0, 1] or uint8 levels. Computed in float32 (float64 where x is).
     """
     x = u8_to_input(x) if x.dtype == torch.uint8 else x
-    shape = (1, 3, 1, 1)
-    mean_t = torch.tensor(mean, dtype=x.dtype, device=x.device).view(shape)
-    std_t = torch.tensor(std, dtype=x.dtype, device=x.device).view(shape)
-    unit = ((x - mean_t) / std_t).to(dtype)
+    unit = ((x - per_channel(mean, x)) / per_channel(std, x)).to(dtype)
     if layout == "pad4":
         unit = F.pad(unit, (0, 0, 0, 0, 0, 1))
     elif layout == "s2d":

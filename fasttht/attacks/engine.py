@@ -6,7 +6,8 @@ folded    the network rebuilt for input gradients only: BN folded into the convo
 compiled  folded, with the pointwise passes fused by torch.compile.
 fused     folded, with a hand-written backward: ReLU masks and residual additions in one pass each.
 
-All return the gradient of the sum over the batch of the cross entropy, in pixels, times a power of two.
+All return the gradient of the sum over the batch of the cross entropy, in pixels, times a power of two; and all run the
+whole attack. The folded ones do that in the layout of the network's own input, on a GPU as one CUDA graph.
 """
 
 from __future__ import annotations
@@ -16,16 +17,22 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fasttht import kernels
 from fasttht.attacks.folded import FoldedNet
 from fasttht.attacks.fused import FusedGradient
-from fasttht.attacks.pgd import FP16_LOSS_SCALE, InputGradient, evaluating, input_gradient
+from fasttht.attacks.graph import CudaRecorder, GraphedAttack, Recorder
+from fasttht.attacks.laid_out import attack_laid_out
+from fasttht.attacks.pgd import FP16_LOSS_SCALE, Attacked, Draw, InputGradient, attack, evaluating, input_gradient
+from fasttht.attacks.threat import Threat
 from fasttht.config import AttackConfig
+from fasttht.errors import UsageError
 from fasttht.models.two_head import TwoHead
 
 # Below so many multiply-adds for one image's forward, compiling costs more than it saves (ResNet-50 at 224: 4.1e9).
@@ -39,7 +46,21 @@ class Engine(Protocol):
     reason: str
 
     def gradient(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return what an `InputGradient` does, for images x (B, 3, H, W) and classes y (B,)."""
+        """Return what an `InputGradient` does, for images x (B, 3, H, W) and classes y, (B,) or (B, C)."""
+        ...
+
+    def attack(
+        self,
+        x: Tensor,
+        y: Tensor,
+        index: Tensor,
+        threat: Threat,
+        draw: Draw,
+        *,
+        num_classes: int,
+        soft_target: Tensor | None = None,
+    ) -> Attacked:
+        """Do what `pgd.attack` does; x_adv may be in another memory format."""
         ...
 
     def refresh_(self) -> None:
@@ -79,42 +100,112 @@ class EagerEngine:
             with batch_statistics(self._model):
                 return self._gradient(x, y)
 
+    def attack(
+        self,
+        x: Tensor,
+        y: Tensor,
+        index: Tensor,
+        threat: Threat,
+        draw: Draw,
+        *,
+        num_classes: int,
+        soft_target: Tensor | None = None,
+    ) -> Attacked:
+        return attack(self.gradient, x, y, index, threat, draw, num_classes=num_classes, soft_target=soft_target)
+
 
 class FoldedEngine:
     """The folded network, differentiated by autograd, compiled or not, or by hand.
 
-    dtype: of weights and activations; the head and the loss are float32 at least, as in the model.
+    dtype: of weights and activations; the head and the loss are float32 at least, as in the model. With a recorder the
+    attack is recorded and replayed.
 
     Raises: ValueError for a model that cannot be folded, with the reason.
     """
 
-    def __init__(self, name: str, model: TwoHead, *, dtype: torch.dtype, reason: str = "") -> None:
+    def __init__(
+        self,
+        name: str,
+        model: TwoHead,
+        *,
+        dtype: torch.dtype,
+        reason: str = "",
+        recorder: Recorder | None = None,
+    ) -> None:
         self.name, self.reason = name, reason
         self._model = model
         self._net = FoldedNet(model, dtype)
-        self._gradient = _DIFFERENTIATED[name](self._net, FP16_LOSS_SCALE if dtype == torch.float16 else 1.0)
+        scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
+        self._gradient, of_input = _DIFFERENTIATED[name](self._net, scale)
+        self._attack = partial(attack_laid_out, _LaidOutNet(self._net, of_input))
+        self._graphed = None if recorder is None else GraphedAttack(self._attack, recorder)
 
     def gradient(self, x: Tensor, y: Tensor) -> Tensor:
         return self._gradient(x, y)
+
+    def attack(
+        self,
+        x: Tensor,
+        y: Tensor,
+        index: Tensor,
+        threat: Threat,
+        draw: Draw,
+        *,
+        num_classes: int,
+        soft_target: Tensor | None = None,
+    ) -> Attacked:
+        if self._graphed is not None:
+            return self._graphed(x, y, index, threat, draw, num_classes=num_classes, soft_target=soft_target)
+        counters = draw.counters(x.device)
+        return self._attack(x, y, index, threat, counters, num_classes=num_classes, soft_target=soft_target)
 
     def refresh_(self) -> None:
         self._net.refresh_(self._model)
 
 
-def _compiled(net: FoldedNet, loss_scale: float) -> InputGradient:
+# The network's own input, the classes and the input's layout to a gradient like the input.
+_InputGradientLaidOut = Callable[[Tensor, Tensor, kernels.Layout], Tensor]
+
+
+class _LaidOutNet:
+    """A folded network as `attack_laid_out` takes it."""
+
+    def __init__(self, net: FoldedNet, gradient: _InputGradientLaidOut) -> None:
+        self.mean, self.std, self.dtype = net.mean, net.std, net.stem.weight.dtype
+        self.layout = net.stem.layout
+        self.gradient = gradient
+
+
+def _by_autograd(net: FoldedNet, loss_scale: float) -> tuple[InputGradient, _InputGradientLaidOut]:
+    def of_input(pixels: Tensor, y: Tensor, layout: kernels.Layout) -> Tensor:
+        return input_gradient(lambda leaf: net.logits(leaf, layout), loss_scale)(pixels, y)
+
+    return input_gradient(net, loss_scale), of_input
+
+
+def _compiled(net: FoldedNet, loss_scale: float) -> tuple[InputGradient, _InputGradientLaidOut]:
     def loss(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(net(x), y, reduction="sum") * loss_scale
 
+    def loss_of_input(pixels: Tensor, y: Tensor, layout: kernels.Layout) -> Tensor:
+        return F.cross_entropy(net.logits(pixels, layout), y, reduction="sum") * loss_scale
+
     # The functional gradient, because autograd.grad is not traced; the shape is part of the compiled code.
     gradient: InputGradient = torch.compile(torch.func.grad(loss), fullgraph=True, dynamic=False)
-    return lambda x, y: gradient(x.detach(), y)
+    of_input: _InputGradientLaidOut = torch.compile(torch.func.grad(loss_of_input), fullgraph=True, dynamic=False)
+    return (lambda x, y: gradient(x.detach(), y)), of_input
 
 
-# How each engine differentiates the folded network.
-_DIFFERENTIATED: dict[str, Callable[[FoldedNet, float], InputGradient]] = {
-    "folded": input_gradient,
+def _by_hand(net: FoldedNet, loss_scale: float) -> tuple[InputGradient, _InputGradientLaidOut]:
+    gradient = FusedGradient(net, loss_scale)
+    return gradient, gradient.laid_out
+
+
+# How each engine differentiates the folded network, with respect to pixels and to its own input.
+_DIFFERENTIATED: dict[str, Callable[[FoldedNet, float], tuple[InputGradient, _InputGradientLaidOut]]] = {
+    "folded": _by_autograd,
     "compiled": _compiled,
-    "fused": FusedGradient,
+    "fused": _by_hand,
 }
 
 
@@ -129,16 +220,31 @@ def build_engine(
     """Build the engine that the settings ask for. logits: the model's, under the run's autocast.
 
     The folded ones compute in amp_dtype on a GPU and in the model's own type on a CPU, whose half types are slow.
+    `--attack-graph auto` captures the attacks of folded and fused on a GPU: what torch.compile makes is captured only
+    if asked for.
 
-    Raises: ValueError for a model that cannot be folded.
+    Raises: ValueError for a model that cannot be folded; UsageError for a graph where there can be none.
     """
     parameter = next(model.parameters())
     name, reason = choose_engine(
         settings.attack_engine, model, img_size, parameter.device, batch_norm=settings.attack_bn
     )
+    device, graph = parameter.device, settings.attack_graph
+    if graph == "on" and (device.type != "cuda" or name == "eager"):
+        got = "the eager engine" if device.type == "cuda" else f"device {device}"
+        raise UsageError(
+            f"--attack-graph: expected auto or off beside {got}, got on; only folded attacks on a GPU are captured"
+        )
     if name != "eager":
-        dtype = amp_dtype if parameter.device.type == "cuda" else parameter.dtype
-        return FoldedEngine(name, model, dtype=dtype, reason=reason)
+        on_gpu = device.type == "cuda"
+        captured = on_gpu and (graph == "on" or (graph == "auto" and name != "compiled"))
+        return FoldedEngine(
+            name,
+            model,
+            dtype=amp_dtype if on_gpu else parameter.dtype,
+            reason=f"{reason}; each attack is one CUDA graph" if captured else reason,
+            recorder=CudaRecorder(device) if captured else None,
+        )
     scale = FP16_LOSS_SCALE if amp_dtype == torch.float16 else 1.0
     return EagerEngine(model, logits, batch_norm=settings.attack_bn, loss_scale=scale, reason=reason)
 

@@ -177,7 +177,11 @@ class FoldedNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.first(*self.pixels(x))
+        return self.logits(*self.pixels(x))
+
+    def logits(self, pixels: Tensor, layout: kernels.Layout) -> Tensor:
+        """Return the logits of the network's own input, as `pixels` makes it."""
+        h = self.first(pixels, layout)
         if self.maxpool:
             h = F.max_pool2d(h, kernel_size=3, stride=2, padding=1)
         for block in self.blocks:

@@ -15,7 +15,10 @@ from fasttht.attacks.folded import FoldedBlock, FoldedConv, FoldedNet
 
 
 class FusedGradient:
-    """The summed cross entropy's gradient: called with pixels x (B, 3, H, W) and classes y (B,), returns it like x."""
+    """The summed cross entropy's gradient: called with pixels x (B, 3, H, W) and classes y, returns it like x.
+
+    y is (B,) int64, or class probabilities (B, C).
+    """
 
     def __init__(self, net: FoldedNet, loss_scale: float) -> None:
         self._net = net
@@ -23,8 +26,14 @@ class FusedGradient:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        pixels, layout = self._net.pixels(x)
+        grad = kernels.image_grad(self.laid_out(pixels, y, layout), layout)
+        return grad.to(x.dtype) / kernels.per_channel(self._net.std, x)
+
+    @torch.no_grad()
+    def laid_out(self, pixels: Tensor, y: Tensor, layout: kernels.Layout) -> Tensor:
+        """Return the gradient with respect to the network's own input, laid out like it."""
         net = self._net
-        pixels, layout = net.pixels(x)
         weight, stride, padding = net.stem.plan(layout)
         first = kernels.conv_relu(pixels, weight, net.stem.bias, stride, padding).to(net.dtype)
         h, places = first, None
@@ -50,8 +59,7 @@ class FusedGradient:
                 grad, first, [3, 3], [2, 2], [1, 1], [1, 1], False, places
             )
             kernels.drelu_add_(grad, None, first)
-        grad = kernels.image_grad(_input_gradient(pixels, weight, grad.to(weight.dtype), stride, padding), layout)
-        return grad.to(x.dtype) / torch.tensor(net.std, dtype=x.dtype, device=x.device).view(1, 3, 1, 1)
+        return _input_gradient(pixels, weight, grad.to(weight.dtype), stride, padding)
 
     def _head_gradient(self, h: Tensor, y: Tensor) -> Tensor:
         """Return the loss's gradient with respect to the sum that the last ReLU was applied to."""

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fasttht import kernels
+from fasttht.attacks import l2
+from fasttht.attacks.starts import draw_start, goal, levels
 from fasttht.attacks.threat import Threat
 
 # The loss is multiplied by this power of two where activations are float16: with the sum (not the mean) over the
@@ -30,6 +32,17 @@ class Draw:
     seed: int
     epoch: int = 0
     step: int = 0
+
+    def write_(self, counters: Tensor) -> None:
+        """Write them to counters (3,) int64, without waiting for its device."""
+        for place, word in zip(counters.unbind(), (self.seed, self.epoch, self.step), strict=True):
+            place.fill_(kernels.int64(word))
+
+    def counters(self, device: torch.device) -> Tensor:
+        """Return them as a new tensor, (3,) int64."""
+        counters = torch.empty(3, dtype=torch.int64, device=device)
+        self.write_(counters)
+        return counters
 
 
 @dataclass(frozen=True)
@@ -58,9 +71,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 InputGradient = Callable[[Tensor, Tensor], Tensor]
-"""Images x (B, 3, H, W) and classes y (B,) to the gradient, like x, of the cross entropy's sum over the batch.
+"""Images x (B, 3, H, W) and classes y to the gradient, like x, of the cross entropy's sum over the batch.
 
-Times any positive factor; one image's gradient does not depend on the others.
+y is (B,) int64, or class probabilities (B, C). Times any positive factor; one image's gradient does not depend on the
+others.
 """
 
 
@@ -89,30 +103,30 @@ def attack(
     draw: Draw,
     *,
     num_classes: int,
+    soft_target: Tensor | None = None,
 ) -> Attacked:
     """Draw the target and the start, then run PGD; the last iterate is returned.
 
     Shapes: x (B, 3, H, W), y (B,), index (B,) int64. Draws depend on (draw, index) alone, so any split of a batch gives
     the same. x is float in [0, 1]; or uint8, and then the attack stays on the lattice of 8-bit images: integer offsets
-    to start from, whole levels as steps, so every iterate is exact.
+    to start from, whole levels as steps, so every iterate is exact. With soft_target (B, C), class probabilities p, it
+    moves away from those and not from y, and `threat.targeted` does not count: the gradient of the cross entropy to p
+    is that of KL(p || q), so with p the clean prediction this is TRADES' attack.
 
-    Raises: ValueError for a uint8 x and a threat of broken levels.
+    Raises: ValueError for a uint8 x and a threat of broken levels or of another norm than linf.
     """
-    counters = {"seed": draw.seed, "epoch": draw.epoch, "step": draw.step}
-    if threat.targeted:
-        y = kernels.draw_target(y, index, num_classes, **counters)
+    counters = draw.counters(x.device)
+    wanted, threat = goal(y, index, threat, counters, num_classes=num_classes, soft_target=soft_target)
+    start = draw_start(x, index, threat, counters)
     if x.dtype == torch.uint8:
-        levels = _levels(threat.eps)
-        start = kernels.draw_lattice_start(x, index, eps=levels, clean_prob=threat.clean_prob, **counters)
-        return pgd_lattice(gradient, x, y, threat, start)
-    start = kernels.draw_start(x, index, eps=threat.eps, clean_prob=threat.clean_prob, **counters)
-    return pgd_linf(gradient, x, y, threat, start)
+        return pgd_lattice(gradient, x, wanted, threat, start)
+    return (pgd_linf if threat.norm == "linf" else pgd_l2)(gradient, x, wanted, threat, start)
 
 
 def pgd_linf(gradient: InputGradient, x: Tensor, y: Tensor, threat: Threat, start: Tensor) -> Attacked:
     """Run `threat.steps` signed gradient steps from `start`, each projected on the ball and on [0, 1].
 
-    y is the label to move away from, or, if the threat is targeted, the class to move to.
+    y is what to move away from, or, if the threat is targeted, the class to move to.
     """
     alpha = -threat.alpha if threat.targeted else threat.alpha
     x_adv = start.detach().clone(memory_format=torch.preserve_format)
@@ -124,12 +138,25 @@ def pgd_linf(gradient: InputGradient, x: Tensor, y: Tensor, threat: Threat, star
     return Attacked(x_adv, zero_grad, nan_grad)
 
 
+def pgd_l2(gradient: InputGradient, x: Tensor, y: Tensor, threat: Threat, start: Tensor) -> Attacked:
+    """Run `threat.steps` steps of length alpha along the normalised gradient, each projected on the ball and [0, 1]."""
+    units = l2.units(x, threat)
+    radius, alpha = units * threat.eps, units * (-threat.alpha if threat.targeted else threat.alpha)
+    x_adv = start.detach().clone(memory_format=torch.preserve_format)
+
+    def step(grad: Tensor) -> None:
+        l2.pgd_l2_step_(x_adv, grad, x, radius=radius, alpha=alpha)
+
+    zero_grad, nan_grad = _run(threat.steps, lambda: gradient(x_adv, y), step, x.device)
+    return Attacked(x_adv, zero_grad, nan_grad)
+
+
 def pgd_lattice(gradient: InputGradient, x: Tensor, y: Tensor, threat: Threat, start: Tensor) -> Attacked:
     """Do as pgd_linf does on uint8 images x and start; x_adv comes back as float32 in [0, 1].
 
     Raises: ValueError for a threat of broken levels.
     """
-    eps, alpha = _levels(threat.eps), _levels(threat.alpha)
+    eps, alpha = levels(threat.eps), levels(threat.alpha)
     state = start.detach().clone(memory_format=torch.preserve_format)
 
     def step(grad: Tensor) -> None:
@@ -147,14 +174,12 @@ def _run(
     for i in range(steps):
         grad = gradient()
         if i == steps - 1:
-            zero_grad, nan_grad = (grad == 0).float().mean(), grad.isnan().float().mean()
+            zero_grad, nan_grad = health(grad)
         with torch.no_grad():
             step(grad)
     return zero_grad, nan_grad
 
 
-def _levels(length: float) -> int:
-    levels = round(255 * length)
-    if abs(255 * length - levels) > 1e-6:
-        raise ValueError(f"lattice attack: expected eps and alpha of whole 255ths, got {255 * length:g}/255")
-    return levels
+def health(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the shares of a gradient's elements that are exactly zero and that are NaN, both ()."""
+    return (grad == 0).float().mean(), grad.isnan().float().mean()
