@@ -26,6 +26,7 @@ from fasttht.kernels.ops import (
     pgd_linf_step_input_,
     u8_to_input,
 )
+from fasttht.kernels.packed import PackedConv
 from fasttht.kernels.reference import (
     STEM_CONV,
     Layout,
@@ -43,6 +44,7 @@ __all__ = [
     "STEM_CONV",
     "Implementation",
     "Layout",
+    "PackedConv",
     "bank_write_",
     "clip_to_ball_",
     "conv_add_relu",

@@ -36,6 +36,7 @@ class FoldedConv(nn.Module):
         weight = torch.empty_like(conv.weight, dtype=dtype, memory_format=torch.channels_last)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", torch.empty_like(conv.weight[:, 0, 0, 0], dtype=dtype))
+        self.by_hand = kernels.PackedConv(self.weight, self.bias, self.stride, self.padding)
 
     @torch.no_grad()
     def refresh_(self) -> None:
@@ -46,6 +47,7 @@ class FoldedConv(nn.Module):
         scale = torch.rsqrt(at_least_float32(norm.running_var) + norm.eps) * norm.weight
         self.weight.copy_(conv.weight * scale.view(-1, 1, 1, 1))
         self.bias.copy_(norm.bias - norm.running_mean * scale)
+        self.by_hand.refresh_()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
@@ -66,12 +68,14 @@ class FoldedStem(FoldedConv):
         if self.has_squares:
             squares = kernels.stem_weight(torch.zeros_like(self.weight), "s2d")
             self.register_buffer("squares", squares.contiguous(memory_format=torch.channels_last))
+            self.squares_by_hand = kernels.PackedConv(self.squares, self.bias, *_geometry("s2d"))
 
     @torch.no_grad()
     def refresh_(self) -> None:
         super().refresh_()
         if self.has_squares:
             self.squares.copy_(kernels.stem_weight(self.weight, "s2d"))
+            self.squares_by_hand.refresh_()
 
     def layout(self, x: Tensor) -> kernels.Layout:
         """Return how images x (B, 3, H, W) are laid out for this convolution."""
@@ -81,8 +85,17 @@ class FoldedStem(FoldedConv):
         """Return weight, stride and padding for an input in this layout."""
         if layout == "plain":
             return self.weight, self.stride, self.padding
-        stride, padding = kernels.STEM_CONV[layout]
-        return self.squares, (stride, stride), (padding, padding)
+        return self.squares, *_geometry(layout)
+
+    def plan_by_hand(self, layout: kernels.Layout) -> kernels.PackedConv:
+        """Return the same convolution for gradients taken by hand."""
+        return self.by_hand if layout == "plain" else self.squares_by_hand
+
+
+def _geometry(layout: kernels.Layout) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return stride and padding of the 7x7 convolution on images laid out so."""
+    stride, padding = kernels.STEM_CONV[layout]
+    return (stride, stride), (padding, padding)
 
 
 class FoldedBlock(nn.Module):

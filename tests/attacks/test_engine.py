@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fasttht import kernels
+from fasttht.attacks import fused
 from fasttht.attacks.engine import EagerEngine, Engine, FoldedEngine, batch_statistics, choose_engine, count_macs
-from fasttht.attacks.folded import FoldedNet
+from fasttht.attacks.folded import FoldedConv, FoldedNet
 from fasttht.attacks.pgd import Draw, attack, evaluating, input_gradient
 from fasttht.attacks.threat import Threat
+from fasttht.kernels import packed
 from fasttht.models.two_head import TwoHead
 
 pytestmark = pytest.mark.changes_rng  # networks are initialised from the global generator
@@ -233,7 +235,7 @@ def test_a_network_that_cannot_be_folded_is_refused_with_a_reason() -> None:
 
 
 def test_the_fused_backward_masks_each_gradient_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call for each ReLU but the last, whose mask is in the head's gradient."""
+    """One call for each ReLU but the last, whose mask is in the head's gradient; the stem's is taken below the pool."""
     calls: list[bool] = []
     original = kernels.drelu_add_
 
@@ -244,6 +246,59 @@ def test_the_fused_backward_masks_each_gradient_in_one_pass(monkeypatch: pytest.
     monkeypatch.setattr(kernels, "drelu_add_", spy)
     model = network("resnet18", "imagenet")
     engine_of("fused", model).gradient(images(2, 32), torch.arange(2))
-    # Eight blocks of two ReLUs and the stem's: inner ones alone, block outputs with their residual, but the last.
-    assert calls.count(False) == 8 + 1
-    assert calls.count(True) == 8 - 1
+    # Eight blocks of two ReLUs and the stem's: inner ones alone, block inputs with their residual.
+    assert calls.count(False) == 8
+    assert calls.count(True) == 8
+
+
+@pytest.mark.skipif(not packed.available(), reason="this torch has no packed convolutions")
+def test_the_fused_engine_packs_its_weights_in_float32_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gives the same but for rounding, also after a refresh and for a batch of another size."""
+    model = network("resnet18", "imagenet", dtype=torch.float32)
+    engine = FoldedEngine("fused", model, dtype=torch.float32)
+    plain = FoldedEngine("fused", model, dtype=torch.float32)
+    by_hand = [module.by_hand for module in engine._net.modules() if isinstance(module, FoldedConv)]
+    for num in (3, 2):
+        x, y = images(num, 32, torch.float32), torch.arange(num)
+        found = engine.gradient(x, y)
+        with monkeypatch.context() as patched:
+            patched.setattr(packed, "packs", lambda *_: False)
+            expected = plain.gradient(x, y)
+        # A ReLU's input that rounds to another side of 0 changes a few pixels by more.
+        assert float(((found - expected).abs() <= 1e-5 * expected.abs().max()).double().mean()) > 0.999
+        assert all(conv._packed for conv in by_hand[1:])  # the first is computed on squares of pixels
+        move(model)
+        engine.refresh_()
+        plain.refresh_()
+    exact = FoldedEngine("fused", model.double(), dtype=torch.float64)
+    exact.gradient(images(2, 32), torch.arange(2))
+    assert not any(module.by_hand._packed for module in exact._net.modules() if isinstance(module, FoldedConv))
+
+
+@pytest.mark.parametrize(("stem", "largest"), [("imagenet", 8 * 16 * 16 * 8), ("small", 8 * 32 * 32 * 8)])
+def test_a_batch_with_large_activations_is_taken_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, stem: str, largest: int
+) -> None:
+    """Of as many images as keep the largest activation, `largest` bytes an image, below the limit."""
+    model, x, y = network("resnet18", stem), images(5, 32), torch.tensor([0, 3, 2, 6, 1])
+    whole = engine_of("fused", model).gradient(x, y)
+    sizes: list[int] = []
+    gradient = fused.FusedGradient(FoldedNet(model, torch.float64), 1.0)
+    piecewise = gradient._gradient
+    monkeypatch.setattr(gradient, "_gradient", lambda *piece: sizes.append(len(piece[0])) or piecewise(*piece))
+    for limit, expected in ((5 * largest, [5]), (2 * largest + 1, [2, 2, 1]), (1, [1] * 5)):
+        sizes.clear()
+        monkeypatch.setattr(fused, "_LARGEST_BYTES", limit)
+        found = gradient(x, y)
+        assert sizes == expected
+        assert found.shape == x.shape
+        assert largest_relative(found, whole) < 1e-12
+    assert gradient(x[:0], y[:0]).shape == (0, 3, 32, 32)
+
+
+def test_a_network_that_has_diverged_gives_nan_and_not_zero() -> None:
+    for dtype in (torch.float32, torch.float64):
+        model = network("resnet18", "imagenet", dtype=dtype)
+        with torch.no_grad():
+            model.trunk.layer2[0].conv1.weight[0, 0, 0, 0] = torch.nan
+        assert FoldedEngine("fused", model, dtype=dtype).gradient(images(2, 32, dtype), torch.arange(2)).isnan().all()
