@@ -12,7 +12,6 @@ from fasttht.config import TrainConfig
 from fasttht.errors import UsageError
 from fasttht.models.clean_encoder import CleanEncoder, load_frozen
 from fasttht.models.two_head import TwoHead
-from fasttht.objectives import OBJECTIVES
 from fasttht.pipelines import backends
 from fasttht.pipelines.loader import Loader
 from fasttht.pipelines.plan import Augment, EpochPlan
@@ -21,6 +20,7 @@ from fasttht.pipelines.splits import Splits
 from fasttht.resolve import passes
 from fasttht.schedule import Schedule
 from fasttht.state import TrainState
+from fasttht.traits import TRAITS
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -56,7 +56,7 @@ def amp_dtype_of(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> TwoHead:
     """Build f with the weights that the seed gives, channels-last; the global RNG is left as it was."""
-    settings = config.model
+    settings, traits = config.model, TRAITS[config.method.objective]
     assert settings.classifier is not None, "the config was not resolved"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
@@ -67,14 +67,16 @@ def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> 
             width=settings.width,
             classifier=settings.classifier,
             scale_init=settings.scale_init,
-            feat_dim=settings.feat_dim if OBJECTIVES[config.method.objective].has_feature_head else None,
+            feat_dim=settings.feat_dim if traits.has_feature_head else None,
+            denoise=settings.denoise,
+            mixture_bn=traits.mixture_bn,
         )
     return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def build_clean_encoder(config: TrainConfig, model: TwoHead) -> CleanEncoder | None:
     """Build g as `--clean-encoder` says, or return None if the objective has none."""
-    if not OBJECTIVES[config.method.objective].has_clean_encoder:
+    if not TRAITS[config.method.objective].has_clean_encoder:
         return None
     if config.method.clean_encoder == "momentum":
         return CleanEncoder(model, frozen=False)
@@ -182,4 +184,5 @@ def build_state(config: TrainConfig, splits: Splits, device: torch.device, steps
         build_schedule(config, steps_per_pass),
         img_size=config.data.img_size,
         amp_dtype=amp_dtype_of(config, device),
+        num_images=len(splits.train),
     )

@@ -80,11 +80,13 @@ class ModelConfig:
     width: int = 64
     "Channels of the first stage; 64 is the standard network."
     classifier: Literal["cosine", "linear"] | None = None
-    "Eq. 6's cosine classifier, or a linear one with bias. Default: cosine for `that`, linear for the others."
+    "Eq. 6's cosine classifier, or a linear one. Default: cosine for that, that-no-cl and clean-con, else linear."
     scale_init: float = 16.0
     "Initial sharpness s = 1/eta of the cosine classifier; learnt, kept in [1, 100]."
     feat_dim: int = 128
     "Size of the feature head's output."
+    denoise: bool = False
+    "Add a feature denoising block (Xie et al. 2019) behind each of the four stages; the attack is then eager."
 
 
 @dataclass(kw_only=True)
@@ -96,13 +98,13 @@ class AttackConfig:
     eps: Pixels | None = None
     "Radius of the ball. Default: 16/255, under --replay 4/255; l2-relative 0.06; l2 has none."
     alpha: Pixels | None = None
-    "Step size. Default: eps/4, under --replay eps; in an l2 norm 2.5 eps/steps."
+    "Step size. Default: eps/4, for `fast` 1.25 eps, under --replay eps; in an l2 norm 2.5 eps/steps."
     steps: int | None = None
-    "PGD steps of standard adversarial training. Default: 10. Not together with --replay."
+    "PGD steps of standard adversarial training. Default: 10; `fast` has 1. Not together with --replay."
     replay: int = 1
     "Replays of each minibatch in free adversarial training; 1 disables it (standard training)."
     targeted: bool | None = None
-    "Attack a random other class. Default: yes in standard training, no under --replay."
+    "Attack a random other class. Default: yes in standard training, no under --replay, for `fast` and for `trades`."
     attack_engine: Literal["auto", "eager", "folded", "compiled", "fused"] = "auto"
     "How standard training computes input gradients; all give the same but for rounding, see attacks/engine.py."
     attack_graph: Literal["auto", "on", "off"] = "auto"
@@ -111,18 +113,27 @@ class AttackConfig:
     "BN in the attack: running statistics, or (eager only) those of the attacked batch; neither changes the running."
     attack_start: Literal["uniform", "lattice"] = "uniform"
     "uniform: continuous noise, float32 images. lattice: whole 1/255 levels, uint8 images, exact; training only."
-    start_clean_prob: float = 0.2
-    "Share of training minibatches whose attack starts from the clean image; 0 disables."
+    start_clean_prob: float | None = None
+    "Share of training minibatches whose attack starts from the clean image. Default: 0.2, for fast and trades 0."
 
 
 @dataclass(kw_only=True)
 class MethodConfig:
-    """The objective and, for `that`, its clean encoder and memory bank."""
+    """The objective and, where it has them, its clean encoder and memory bank.
 
-    objective: Literal["that", "at", "clean"] = "that"
-    "that: both heads (Eq. 7); at: cross entropy on adversarial images; clean: on clean images, no attack."
+    that: both heads (Eq. 7); that-no-cl, that-no-nce: without the contrastive loss, without the cosine classifier
+    (Table 5). at: cross entropy on adversarial images; at-kl: with a KL term (Table 5); alp: with logit pairing; mbn,
+    mbn-alp: clean and adversarial images with BN layers of their own; trades; fast: FGSM-RS. clean: cross entropy on
+    clean images, no attack; clean-con: with the contrastive loss (R152-Con).
+    """
+
+    objective: Literal[
+        "that", "that-no-cl", "that-no-nce", "at", "at-kl", "alp", "mbn", "mbn-alp", "trades", "fast", "clean",
+        "clean-con",
+    ] = "that"  # fmt: skip
+    "What is minimised: THAT, its ablations, the paper's baselines. -no-cl: no contrastive loss; -no-nce: no cosines."
     clean_encoder: str | None = None
-    "`momentum` (a slow copy of f, Table 7), or a file or run folder to load and freeze. Required for `that`."
+    "`momentum` (a slow copy of f, Table 7), or a file or run folder to load and freeze. Required for contrastive loss."
     encoder_momentum: float = 0.999
     "Momentum m of the momentum encoder: g <- m g + (1 - m) f after every update."
     tau: float = 0.2
@@ -130,11 +141,23 @@ class MethodConfig:
     lambda_cl: float = 1.0
     "Weight of the contrastive loss; 0 keeps the head but gives it no gradient."
     bank_size: int = 32768
-    "Clean features kept as negatives; 0 turns `that` into `at`, as in Table 6."
+    "Clean features kept as negatives; 0 turns `that` into `at`, as in Table 6, and clean-con into clean."
+    bank_kind: Literal["queue", "dataset"] = "queue"
+    "queue: the newest --bank-size features; dataset: that of every training image (ImageNet: 0.7 GB), some drawn."
+    num_negatives: int | None = None
+    "With --bank-kind dataset: negatives drawn for each minibatch. Default: 4096."
     negatives: Literal["bank", "batch", "both"] = "bank"
     "Where Eq. 5 takes its negatives from."
     mask_same_index: bool = True
     "Never use an image's own older feature as its negative."
+    trades_beta: float = 6.0
+    "Weight of the KL term of `trades` (1/lambda in that paper)."
+    lambda_kl: float = 1.0
+    "Weight of the KL term of `at-kl`."
+    lambda_alp: float = 0.5
+    "Weight of the squared logit difference of `alp` and `mbn-alp`."
+    ce_on: Literal["clean", "adv", "both"] = "adv"
+    "Images that the cross entropy of `at-kl` sees; both: the mean of the two."
 
 
 @dataclass(kw_only=True)

@@ -25,6 +25,7 @@ from fasttht.build import build_loader, build_model, open_device
 from fasttht.config import TrainConfig
 from fasttht.config_file import radius_text
 from fasttht.errors import CheckpointError
+from fasttht.models.mixture_bn import has_mixture_bn, through
 from fasttht.models.two_head import TwoHead
 from fasttht.pipelines.loader import Loader
 from fasttht.pipelines.splits import open_splits
@@ -100,12 +101,16 @@ def evaluate(
 
     The loader must be an evaluation loader; it is walked once. Returns a Score by name: `clean`, `pgd10`, ..., and
     with R > 1 restarts also `pgd10_r5`, ...: right only under every one of R attacks from other random starts, the
-    first of which is the one of `pgd10`. on_batch is called with the number of images done.
+    first of which is the one of `pgd10`. A network with mixture BN is evaluated through its adversarial branch, clean
+    images too: a defender does not know which images were attacked. What those get through the clean branch (Xie et
+    al.'s AdvProp) is `clean_branch_clean`. on_batch is called with the number of images done.
     """
     device = next(model.parameters()).device
+    branches = has_mixture_bn(model)
     names = ["clean"]
     for threat in attacks:
         names += [threat.name] if restarts == 1 else [threat.name, f"{threat.name}_r{restarts}"]
+    names += ["clean_branch_clean"] if branches else []
     hits = {name: torch.zeros(len(loader.samples), dtype=torch.bool, device=device) for name in names}
     images, gradient = 0, input_gradient(model.logits)
 
@@ -117,6 +122,9 @@ def evaluate(
         for batch in loader:
             x = kernels.u8_to_input(batch.x)
             hits["clean"][batch.index] = right(x)
+            if branches:
+                with through(model, "clean"):
+                    hits["clean_branch_clean"][batch.index] = right(x)
             for threat in attacks:
                 worst = torch.ones_like(batch.y, dtype=torch.bool)
                 for restart in range(restarts):

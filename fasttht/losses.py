@@ -1,12 +1,17 @@
-"""The paper's two losses, as pure functions computed in float32 or wider."""
+"""The paper's two losses and the baselines' terms, as pure functions computed in float32 or wider."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fasttht.models.two_head import at_least_float32
+
+# A class whose clean probability is below this is of the tail that the paper blames for TRADES' failure (section 2).
+TAIL_BELOW = 0.01
 
 
 def normalized_cross_entropy(logits: Tensor, y: Tensor, *, smoothing: float = 0.0) -> Tensor:
@@ -15,6 +20,38 @@ def normalized_cross_entropy(logits: Tensor, y: Tensor, *, smoothing: float = 0.
     Shapes: logits (B, C), already scaled by 1/eta; y (B,) int64; returns (), the batch mean.
     """
     return F.cross_entropy(at_least_float32(logits), y, label_smoothing=smoothing)
+
+
+class Divergence(NamedTuple):
+    """A KL divergence (), and the part of it (), without gradient, that classes of small p contribute."""
+
+    kl: Tensor
+    tail: Tensor
+
+
+def kl_divergence(logits: Tensor, logits_adv: Tensor) -> Divergence:
+    """KL(p || q) of p = softmax(logits) and q = softmax(logits_adv): TRADES' regulariser (THAT, Eq. 4).
+
+    Both sides carry gradient. From log-probabilities alone, which are finite: a p or q that underflows to 0
+    contributes 0, where p log(p/q) of probabilities would be NaN. The tail is the sum of Eq. 4's own terms over
+    classes with p below 0.01; terms have either sign, so it can be negative or exceed the whole.
+
+    Shapes: logits, logits_adv (B, C); returns batch means.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        log_p, log_q = (F.log_softmax(at_least_float32(z), dim=1) for z in (logits, logits_adv))
+        p = log_p.exp()
+        terms = p * (log_p - log_q)
+        tail = torch.where(p < TAIL_BELOW, terms, 0).detach().sum(dim=1).mean()
+        return Divergence(terms.sum(dim=1).mean(), tail)
+
+
+def logit_pairing(logits: Tensor, logits_adv: Tensor) -> Tensor:
+    """Mean squared difference over images and classes: adversarial logit pairing (Kannan et al. 2018).
+
+    Shapes: logits, logits_adv (B, C); returns ().
+    """
+    return F.mse_loss(at_least_float32(logits_adv), at_least_float32(logits))
 
 
 def contrastive(

@@ -19,7 +19,8 @@ class Meter:
     """
 
     NAMES = (
-        "loss", "loss_cls", "loss_cl", "correct", "images", "zero_grad", "nan_grad", "grad_norm", "skipped", "steps",
+        "loss", "loss_cls", "loss_cl", "loss_kl", "loss_alp", "kl_tail", "correct", "images", "zero_grad",
+        "nan_grad", "grad_norm", "skipped", "steps",
     )  # fmt: skip
 
     def __init__(self, device: torch.device) -> None:
@@ -42,11 +43,16 @@ class Meter:
         return values
 
 
-def means(sums: dict[str, float], *, attacked: bool, contrastive: bool) -> dict[str, float]:
-    """Turn a meter's sums into the figures of a row: losses per image, shares in percent, norms per step."""
+def means(sums: dict[str, float], *, attacked: bool, parts: tuple[str, ...]) -> dict[str, float]:
+    """Turn a meter's sums into the figures of a row: losses per image, shares in percent, norms per step.
+
+    parts names the losses that the objective has beside loss_cls. A KL brings `kl_tail`: the share (1 is all) of it
+    that comes from classes with p(x) below 0.01, by Eq. 4's own terms, which have either sign.
+    """
     images, steps = max(sums["images"], 1), max(sums["steps"], 1)
-    losses = ("loss", "loss_cls", "loss_cl") if contrastive else ("loss", "loss_cls")
-    row = {name: sums[name] / images for name in losses}
+    row = {name: sums[name] / images for name in ("loss", "loss_cls", *parts)}
+    if "loss_kl" in parts:
+        row["kl_tail"] = sums["kl_tail"] / sums["loss_kl"] if sums["loss_kl"] else 0.0
     row["adv_top1" if attacked else "clean_top1"] = 100 * sums["correct"] / images
     row["grad_norm"] = sums["grad_norm"] / steps
     row |= {f"{name}_pct": 100 * sums[name] / steps for name in ("zero_grad", "nan_grad")}
@@ -57,8 +63,9 @@ def means(sums: dict[str, float], *, attacked: bool, contrastive: bool) -> dict[
 def figures(row: dict[str, Any], timing: dict[str, float]) -> dict[str, str]:
     """Return the few figures that people watch, as text."""
     shown = {"loss": f"{row['loss']:.3f}", "cls": f"{row['loss_cls']:.3f}"}
-    if "loss_cl" in row:
-        shown["cl"] = f"{row['loss_cl']:.3f}"
+    for part in ("cl", "kl", "alp"):
+        if f"loss_{part}" in row:
+            shown[part] = f"{row[f'loss_{part}']:.3f}"
     name = "adv" if "adv_top1" in row else "clean"
     shown[f"{name} top-1"] = f"{row[f'{name}_top1']:.1f}%"
     return shown | {"img/s": f"{timing['img_per_s']:.0f}", "wait": f"{timing['data_wait_pct']:.0f}%"}

@@ -1,19 +1,22 @@
-"""What is minimised: one class per objective, and the dict that names them.
+"""What is minimised: one class per kind of loss, and the dict that names the objectives.
 
-To add one: write a class with the four attributes and `__call__`, and add a line to OBJECTIVES.
+Each runs f exactly once: where it needs clean and adversarial images, on concat[clean, adv], because DDP allows one
+forward for each backward. BN then normalises both halves together, where the TRADES authors' two forwards normalise
+each alone; mixture BN keeps them apart. What an objective asks of its attack, and of f, is in traits.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fasttht.bank import FeatureBank
+from fasttht.bank import Bank
 from fasttht.config import MethodConfig
-from fasttht.losses import contrastive, normalized_cross_entropy
+from fasttht.losses import contrastive, kl_divergence, logit_pairing, normalized_cross_entropy
+from fasttht.models.mixture_bn import through
 from fasttht.models.two_head import TwoHead
 
 
@@ -34,7 +37,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Terms:
-    """loss () to differentiate; parts, its named summands (); logits (B, C) of the images trained on."""
+    """loss () to differentiate; parts, its named summands () and their diagnostics; logits (B, C) of x_adv."""
 
     loss: Tensor
     parts: dict[str, Tensor]
@@ -42,20 +45,13 @@ class Terms:
 
 
 class Objective(Protocol):
-    """What a trainer needs to know of an objective, and the objective itself."""
-
-    attacked: ClassVar[bool]
-    "Whether it trains on adversarial images."
-    has_feature_head: ClassVar[bool]
-    "Whether f needs a feature head; without one none is built."
-    has_clean_encoder: ClassVar[bool]
-    "Whether it reads feat_clean, and with it the bank."
+    """A loss of f on one micro-batch."""
 
     def __call__(
         self,
         model: TwoHead,
         views: Views,
-        bank: FeatureBank | None,
+        bank: Bank | None,
         method: MethodConfig,
         *,
         smoothing: float,
@@ -65,17 +61,17 @@ class Objective(Protocol):
 
 
 class CrossEntropy:
-    """Standard adversarial training: cross entropy on adversarial images only (THAT, Eq. 1)."""
+    """Cross entropy on the attacked images only: standard adversarial training (THAT, Eq. 1).
 
-    attacked: ClassVar[bool] = True
-    has_feature_head: ClassVar[bool] = False
-    has_clean_encoder: ClassVar[bool] = False
+    On clean images it is ordinary training, with a cosine classifier THAT without its contrastive loss, and with an
+    attack of one step from noise FGSM-RS (Wong et al. 2020).
+    """
 
     def __call__(
         self,
         model: TwoHead,
         views: Views,
-        bank: FeatureBank | None,
+        bank: Bank | None,
         method: MethodConfig,
         *,
         smoothing: float,
@@ -85,24 +81,17 @@ class CrossEntropy:
         return Terms(loss, {"loss_cls": loss}, logits)
 
 
-class Clean(CrossEntropy):
-    """Ordinary training on clean images: the undefended network that a robust one is compared with."""
+class TwoHeadLoss:
+    """THAT: normalized cross entropy plus the contrastive pull to the clean encoder's features (Eq. 7).
 
-    attacked = False
-
-
-class TwoHeadAdversarial:
-    """THAT: normalized cross entropy plus the contrastive pull to the clean encoder's features (Eq. 7)."""
-
-    attacked: ClassVar[bool] = True
-    has_feature_head: ClassVar[bool] = True
-    has_clean_encoder: ClassVar[bool] = True
+    With a linear classifier it is THAT without NCE; on clean images, R152-Con (section 4.2).
+    """
 
     def __call__(
         self,
         model: TwoHead,
         views: Views,
-        bank: FeatureBank | None,
+        bank: Bank | None,
         method: MethodConfig,
         *,
         smoothing: float,
@@ -117,22 +106,136 @@ class TwoHeadAdversarial:
         return Terms(loss, {"loss_cls": loss_cls, "loss_cl": loss_cl}, logits)
 
 
+class CrossEntropyKL:
+    """CE + lambda KL(p(x) || p(x_adv)): standard adversarial training with KL (THAT, Table 5).
+
+    The images were attacked on the classification loss. Which images the cross entropy sees is `--ce-on`, the mean of
+    the two for `both`. Gradient flows through both distributions.
+    """
+
+    def __call__(
+        self,
+        model: TwoHead,
+        views: Views,
+        bank: Bank | None,
+        method: MethodConfig,
+        *,
+        smoothing: float,
+    ) -> Terms:
+        logits, logits_adv = _both(model, views)
+        seen = {"clean": (logits,), "adv": (logits_adv,), "both": (logits, logits_adv)}[method.ce_on]
+        loss_cls = torch.stack([normalized_cross_entropy(z, views.y, smoothing=smoothing) for z in seen]).mean()
+        loss_kl, tail = kl_divergence(logits, logits_adv)
+        loss = loss_cls + method.lambda_kl * loss_kl
+        return Terms(loss, {"loss_cls": loss_cls, "loss_kl": loss_kl, "kl_tail": tail}, logits_adv)
+
+
+class Trades:
+    """CE(f(x), y) + beta KL(p(x) || p(x_adv)), x_adv attacked on that KL (Zhang et al. 2019; THAT, Eq. 2-4).
+
+    Gradient flows through both distributions, as in the authors' code.
+    """
+
+    def __call__(
+        self,
+        model: TwoHead,
+        views: Views,
+        bank: Bank | None,
+        method: MethodConfig,
+        *,
+        smoothing: float,
+    ) -> Terms:
+        logits, logits_adv = _both(model, views)
+        loss_cls = normalized_cross_entropy(logits, views.y, smoothing=smoothing)
+        loss_kl, tail = kl_divergence(logits, logits_adv)
+        loss = loss_cls + method.trades_beta * loss_kl
+        return Terms(loss, {"loss_cls": loss_cls, "loss_kl": loss_kl, "kl_tail": tail}, logits_adv)
+
+
+class LogitPairing:
+    """Adversarial logit pairing: mean CE over both halves + lambda x mean squared logit difference (Kannan et al.)."""
+
+    def __call__(
+        self,
+        model: TwoHead,
+        views: Views,
+        bank: Bank | None,
+        method: MethodConfig,
+        *,
+        smoothing: float,
+    ) -> Terms:
+        logits, logits_adv = _both(model, views)
+        loss_cls = 0.5 * _sum_of_both(logits, logits_adv, views.y, smoothing)
+        loss_alp = logit_pairing(logits, logits_adv)
+        return Terms(loss_cls + method.lambda_alp * loss_alp, {"loss_cls": loss_cls, "loss_alp": loss_alp}, logits_adv)
+
+
+class MixtureBN:
+    """CE(f(x), y) + CE(f(x_adv), y), each half through its own BN branch (Xie & Yuille 2020).
+
+    pairing adds lambda x mean squared logit difference: MBN-ALP. The two cross entropies are summed, as that paper
+    writes them; logit pairing's authors take their mean.
+    """
+
+    def __init__(self, *, pairing: bool) -> None:
+        self.pairing = pairing
+
+    def __call__(
+        self,
+        model: TwoHead,
+        views: Views,
+        bank: Bank | None,
+        method: MethodConfig,
+        *,
+        smoothing: float,
+    ) -> Terms:
+        with through(model, "split"):
+            logits, logits_adv = _both(model, views)
+        loss_cls = _sum_of_both(logits, logits_adv, views.y, smoothing)
+        if not self.pairing:
+            return Terms(loss_cls, {"loss_cls": loss_cls}, logits_adv)
+        loss_alp = logit_pairing(logits, logits_adv)
+        return Terms(loss_cls + method.lambda_alp * loss_alp, {"loss_cls": loss_cls, "loss_alp": loss_alp}, logits_adv)
+
+
 def gather_negatives(
-    feat_clean: Tensor, index: Tensor, bank: FeatureBank | None, method: MethodConfig
+    feat_clean: Tensor, index: Tensor, bank: Bank | None, method: MethodConfig
 ) -> tuple[Tensor, Tensor]:
     """Return the negatives of Eq. 5, (N, D), and which of them each anchor uses, (B, N) bool."""
     features, masks = [], []
     if method.negatives in ("bank", "both") and bank is not None:
-        features.append(bank.features)
-        masks.append(bank.mask(index, mask_same_index=method.mask_same_index))
+        stored, mask = bank.negatives(index, mask_same_index=method.mask_same_index)
+        features.append(stored)
+        masks.append(mask)
     if method.negatives in ("batch", "both"):
         features.append(feat_clean)
         masks.append(index[:, None] != index[None, :])
     return torch.cat([f.to(feat_clean.dtype) for f in features]), torch.cat(masks, dim=1)
 
 
+def _both(model: TwoHead, views: Views) -> tuple[Tensor, Tensor]:
+    """Return the logits of clean and of attacked images, (B, C) each, from one forward."""
+    logits, logits_adv = model(torch.cat([views.x, views.x_adv])).logits.chunk(2)
+    return logits, logits_adv
+
+
+def _sum_of_both(logits: Tensor, logits_adv: Tensor, y: Tensor, smoothing: float) -> Tensor:
+    return normalized_cross_entropy(logits, y, smoothing=smoothing) + normalized_cross_entropy(
+        logits_adv, y, smoothing=smoothing
+    )
+
+
 OBJECTIVES: dict[str, Objective] = {
-    "that": TwoHeadAdversarial(),
+    "that": TwoHeadLoss(),
+    "that-no-cl": CrossEntropy(),
+    "that-no-nce": TwoHeadLoss(),
     "at": CrossEntropy(),
-    "clean": Clean(),
+    "at-kl": CrossEntropyKL(),
+    "alp": LogitPairing(),
+    "mbn": MixtureBN(pairing=False),
+    "mbn-alp": MixtureBN(pairing=True),
+    "trades": Trades(),
+    "fast": CrossEntropy(),
+    "clean": CrossEntropy(),
+    "clean-con": TwoHeadLoss(),
 }

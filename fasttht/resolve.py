@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fasttht.config import TrainConfig
 from fasttht.errors import UsageError
+from fasttht.traits import TRAITS, Traits
 
 
 def passes(config: TrainConfig, epochs: float) -> int:
@@ -30,10 +31,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
             f"--replay {attack.replay}: expected no --steps beside it, got --steps {attack.steps}; "
             "free training replays minibatches instead of taking PGD steps: drop one of the two"
         )
-    if method.objective == "that" and method.bank_size == 0 and method.negatives == "bank":
-        method.objective = "at"
-    if method.objective == "clean" and free:
-        raise UsageError("--objective clean: expected no --replay, got --replay; clean training has no attack")
+    without_bank = TRAITS[method.objective].without_bank
+    if without_bank is not None and method.bank_size == 0 and method.negatives == "bank":
+        method.objective = without_bank  # type: ignore[assignment]
+    traits = TRAITS[method.objective]
+    _check_objective(config, traits)
     if attack.attack_bn == "batch" and attack.attack_engine not in ("auto", "eager"):
         raise UsageError(
             f"--attack-engine: expected eager beside --attack-bn batch, got {attack.attack_engine}; "
@@ -54,12 +56,13 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise UsageError("--replay: expected an untargeted attack, got --targeted; free training ascends on the label")
     check_ranges(config)
 
+    prescribed = traits.attack
     if attack.eps is None:
         attack.eps = default_eps(attack.norm, free=free)
     if attack.alpha is None and attack.norm != "linf":
-        attack.alpha = 2.5 * attack.eps / max(10 if attack.steps is None else attack.steps, 1)
+        attack.alpha = 2.5 * attack.eps / max((prescribed.steps or 10) if attack.steps is None else attack.steps, 1)
     elif attack.alpha is None:
-        attack.alpha = attack.eps if free else attack.eps / 4
+        attack.alpha = attack.eps if free else attack.eps * prescribed.alpha_ratio
     if attack.attack_start == "lattice":
         for flag, length in (("--eps", attack.eps), ("--alpha", attack.alpha)):
             if free or abs(255 * length - round(255 * length)) > 1e-6:
@@ -69,11 +72,15 @@ def resolve(config: TrainConfig) -> TrainConfig:
                     f"got {got}; take --attack-start uniform"
                 )
     if attack.targeted is None:
-        attack.targeted = not free
+        attack.targeted = prescribed.targeted and not free
+    if attack.start_clean_prob is None:
+        attack.start_clean_prob = prescribed.clean_prob
     if not free and attack.steps is None:
-        attack.steps = 10
+        attack.steps = prescribed.steps or 10
     if config.model.classifier is None:
-        config.model.classifier = "cosine" if method.objective == "that" else "linear"
+        config.model.classifier = traits.classifier
+    if method.bank_kind == "dataset" and method.num_negatives is None:
+        method.num_negatives = 4096
     if optim.epochs is None:
         optim.epochs = 90 if free else 100
     if optim.batch_size is None:
@@ -94,12 +101,12 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise UsageError(
             f"--grad-accum-steps: expected a divisor of the batch size {optim.batch_size}, got {optim.grad_accum_steps}"
         )
-    if method.objective != "that":
+    if not traits.has_clean_encoder:
         method.clean_encoder = None
     elif method.clean_encoder is None and data.data is not None:
         raise UsageError(
-            "--clean-encoder: expected a file, a run folder or `momentum`, got nothing; THAT pulls features to a "
-            "clean encoder's: give a self-supervised one, or `momentum` for the variant of Table 7"
+            "--clean-encoder: expected a file, a run folder or `momentum`, got nothing; the contrastive loss pulls "
+            "features to a clean encoder's: give a self-supervised one, or `momentum` for the variant of Table 7"
         )
     elif method.clean_encoder is None:
         method.clean_encoder = "momentum"
@@ -111,6 +118,55 @@ def default_eps(norm: str, *, free: bool) -> float:
     if norm == "l2":
         raise UsageError("--eps: expected a radius beside --norm l2, got nothing; for example --eps 3 at 224 pixels")
     return 0.06 if norm == "l2-relative" else 4 / 255 if free else 16 / 255
+
+
+def _check_objective(config: TrainConfig, traits: Traits) -> None:
+    """Refuse options that contradict the objective. Raises: UsageError naming the flag and what to do."""
+    model, attack, method, prescribed = config.model, config.attack, config.method, traits.attack
+    name, engine = method.objective, attack.attack_engine
+    if attack.replay > 1 and traits.no_replay:
+        raise UsageError(f"--objective {name}: expected no --replay, got --replay {attack.replay}; {traits.no_replay}")
+    if attack.replay > 1 and name == "at-kl" and method.ce_on == "clean":
+        raise UsageError(
+            "--ce-on: expected adv or both beside --replay, got clean; delta would ascend nothing but the KL, and "
+            "at-kl attacks the classification loss"
+        )
+    if traits.other is not None and model.classifier not in (None, traits.classifier):
+        raise UsageError(
+            f"--classifier: expected {traits.classifier} beside --objective {name}, got {model.classifier}; "
+            f"with that classifier it is --objective {traits.other}"
+        )
+    if prescribed.steps is not None and attack.steps not in (None, prescribed.steps):
+        raise UsageError(
+            f"--steps: expected {prescribed.steps} beside --objective {name}, got {attack.steps}; "
+            "for more steps take --objective at"
+        )
+    if prescribed.loss == "kl":
+        prob = attack.start_clean_prob
+        for flag, allowed, wrong, found, why in (
+            ("--targeted", "no", attack.targeted, "yes", "its attack ascends a KL, which has no target class: add "
+             "--no-targeted"),
+            ("--attack-start", "uniform", attack.attack_start == "lattice", "lattice", "its attack starts 0.001 "
+             "N(0, 1) from the image, less than a level"),
+            ("--attack-bn", "eval", attack.attack_bn == "batch", "batch", "p(x) and the attack are taken in evaluation "
+             "mode"),
+            ("--start-clean-prob", "0", prob, f"{prob}", "at the clean image the KL has no gradient"),
+        ):  # fmt: skip
+            if wrong:
+                raise UsageError(f"{flag}: expected {allowed} beside --objective {name}, got {found}; {why}")
+    if model.denoise and engine not in ("auto", "eager"):
+        raise UsageError(
+            f"--attack-engine: expected eager beside --denoise, got {engine}; denoising blocks cannot be folded"
+        )
+    if method.bank_kind == "queue" and method.num_negatives is not None:
+        raise UsageError(
+            f"--num-negatives: expected it beside --bank-kind dataset, got {method.num_negatives} with a queue; "
+            "every filled slot of a queue is a negative: take --bank-size"
+        )
+    if method.bank_kind == "dataset" and method.negatives == "batch":
+        raise UsageError(
+            "--bank-kind: expected --negatives bank or both beside dataset, got batch; a bank would not be read"
+        )
 
 
 def check_ranges(config: TrainConfig) -> None:
@@ -134,19 +190,21 @@ def check_ranges(config: TrainConfig) -> None:
         ("--eval-batch-size", config.evaluation.eval_batch_size, 1),
         ("--eval-restarts", config.evaluation.eval_restarts, 1), ("--seed", config.run.seed, 0),
         ("--checkpoint-interval", config.run.checkpoint_interval, 0), ("--max-bad-samples", data.max_bad_samples, 0),
+        ("--num-negatives", method.num_negatives, 1), ("--trades-beta", method.trades_beta, 0),
+        ("--lambda-kl", method.lambda_kl, 0), ("--lambda-alp", method.lambda_alp, 0),
         ("--threads", config.run.threads, 0), ("--log-interval", config.run.log_interval, 1),
         ("--checkpoint-hist", config.run.checkpoint_hist, 1), ("--eval-steps", min(config.evaluation.eval_steps), 0),
     ]  # fmt: skip
     for flag, value, low in at_least:
         if value is not None and not value >= low:
             raise UsageError(f"{flag}: expected at least {low:g}, got {value:g}")
-    shares = [
+    shares: list[tuple[str, float | None]] = [
         ("--hflip", data.hflip), ("--start-clean-prob", attack.start_clean_prob), ("--momentum", optim.momentum),
         ("--encoder-momentum", method.encoder_momentum), ("--smoothing", optim.smoothing),
         ("--model-ema-decay", optim.model_ema_decay), ("--crop-pct", data.crop_pct),
     ]  # fmt: skip
     for flag, value in shares:
-        if not 0 <= value <= 1:
+        if value is not None and not 0 <= value <= 1:
             raise UsageError(f"{flag}: expected a number in [0, 1], got {value:g}")
     if not data.crop_pct > 0:
         raise UsageError("--crop-pct: expected more than 0, got 0; 1 keeps the whole short side")

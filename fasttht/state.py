@@ -9,13 +9,13 @@ from torch import Tensor
 
 from fasttht.attacks.engine import Engine, build_engine
 from fasttht.attacks.free import FreeDelta
-from fasttht.bank import FeatureBank
+from fasttht.bank import Bank, build_bank
 from fasttht.config import TrainConfig
 from fasttht.metrics import Meter
 from fasttht.models.clean_encoder import CleanEncoder, lerp_
 from fasttht.models.two_head import CosineClassifier, TwoHead, decay_groups
-from fasttht.objectives import OBJECTIVES
 from fasttht.schedule import Schedule
+from fasttht.traits import TRAITS
 
 
 class GuardedSGD(torch.optim.SGD):
@@ -55,6 +55,7 @@ class TrainState:
         *,
         img_size: int,
         amp_dtype: torch.dtype = torch.float32,
+        num_images: int | None = None,
     ) -> None:
         parameter = next(model.parameters())
         device, dtype = parameter.device, parameter.dtype
@@ -84,14 +85,16 @@ class TrainState:
         self.schedule = schedule
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
         # the method
-        self.bank: FeatureBank | None = None
-        if clean_encoder is not None and method.bank_size and method.negatives != "batch":
-            self.bank = FeatureBank(method.bank_size, config.model.feat_dim, device=device, dtype=dtype)
+        self.bank: Bank | None = None
+        if clean_encoder is not None:
+            self.bank = build_bank(
+                method, config.model.feat_dim, num_images, seed=config.run.seed, device=device, dtype=dtype
+            )
         self.delta: FreeDelta | None = None
         if config.attack.replay > 1:
             self.delta = FreeDelta((optim.batch_size, 3, img_size, img_size), device=device, dtype=dtype)
         self.engine: Engine | None = None
-        if OBJECTIVES[method.objective].attacked and config.attack.replay == 1:
+        if TRAITS[method.objective].attacked and config.attack.replay == 1:
             self.engine = build_engine(config.attack, model, self.attack_logits, img_size=img_size, amp_dtype=amp_dtype)
         # progress
         self.step = 0

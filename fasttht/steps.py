@@ -20,6 +20,7 @@ from fasttht.config import TrainConfig
 from fasttht.objectives import OBJECTIVES, Views
 from fasttht.pipelines.loader import Batch
 from fasttht.state import TrainState
+from fasttht.traits import TRAITS
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,11 @@ class Part:
 
 
 def train_threat(config: TrainConfig) -> Threat:
-    """Return the attack that standard training runs. Expects a resolved config."""
+    """Return the attack that standard training runs, as the objective prescribes it. Expects a resolved config."""
     settings = config.attack
     assert settings.eps is not None, "the config was not resolved"
     assert settings.alpha is not None, "the config was not resolved"
+    assert settings.start_clean_prob is not None, "the config was not resolved"
     return Threat(
         eps=settings.eps,
         alpha=settings.alpha,
@@ -44,6 +46,7 @@ def train_threat(config: TrainConfig) -> Threat:
         targeted=bool(settings.targeted),
         clean_prob=settings.start_clean_prob,
         norm=settings.norm,
+        start=TRAITS[config.method.objective].attack.start,
     )
 
 
@@ -52,7 +55,7 @@ def standard_step(state: TrainState, config: TrainConfig, batch: Batch, draw: Dr
 
     Mutates the state and nothing else; one backward per micro-batch.
     """
-    threat = train_threat(config)
+    threat, prescribed = train_threat(config), TRAITS[config.method.objective].attack
     before = state.statistics()
     if state.engine is not None:
         state.engine.refresh_()
@@ -63,7 +66,10 @@ def standard_step(state: TrainState, config: TrainConfig, batch: Batch, draw: Dr
         x_adv = x
         if state.engine is not None:
             subject = batch.x[part.rows] if config.attack.attack_start == "lattice" else x
-            attacked = state.engine.attack(subject, part.y, part.index, threat, draw, num_classes=num_classes)
+            attacked = state.engine.attack(
+                subject, part.y, part.index, threat, draw, num_classes=num_classes,
+                soft_target=state.engine.probabilities(x) if prescribed.loss == "kl" else None,
+            )  # fmt: skip
             x_adv = attacked.x_adv.to(state.dtype)
             state.meter.add(zero_grad=attacked.zero_grad * part.share, nan_grad=attacked.nan_grad * part.share)
         _backward(state, config, Views(x, x_adv, part.y, part.index, feat_clean), part.share)

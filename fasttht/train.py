@@ -23,13 +23,13 @@ from fasttht.errors import CheckpointError, Interrupted, NonFiniteError, UsageEr
 from fasttht.evaluate import evaluate, record, threats
 from fasttht.metrics import Clock, figures, means
 from fasttht.models.two_head import CosineClassifier
-from fasttht.objectives import OBJECTIVES
 from fasttht.pipelines.loader import Batch
 from fasttht.pipelines.splits import open_splits
 from fasttht.resolve import passes
 from fasttht.run_folder import METRICS, TIMING, RunFolder
 from fasttht.signals import stop_signals
 from fasttht.steps import free_step, standard_step
+from fasttht.traits import TRAITS
 
 META_VERSION = 1
 
@@ -38,7 +38,7 @@ def default_output(config: TrainConfig) -> Path:
     """Return the run folder of a configuration: a readable name and a hash, the same for the same run."""
     settings = config.attack
     kind = f"free{settings.replay}" if settings.replay > 1 else f"pgd{settings.steps}"
-    if config.method.objective == "clean":
+    if not TRAITS[config.method.objective].attacked:
         kind = "natural"
     return Path("runs") / f"{config.method.objective}-{config.model.arch}-{kind}-{digest(config)}"
 
@@ -66,7 +66,7 @@ class Trainer:
         self.steps_per_pass = self.loader.plan.num_steps
         self.num_passes = passes(config, config.optim.epochs)
         self.state = build_state(config, self.splits, self.device, self.steps_per_pass)
-        self.objective = OBJECTIVES[config.method.objective]
+        self.traits = TRAITS[config.method.objective]
         self.clock = Clock(self.loader)
         self.resumed = resumes_from is not None
         self._rows: dict[str, int] = {}
@@ -87,7 +87,7 @@ class Trainer:
         threat = f"{how}, {radius_text(config)}, alpha {length_text(settings.norm, settings.alpha)}"
         lines = [
             f"objective {config.method.objective}, {config.model.arch} on {self.device}, "
-            + (threat if self.objective.attacked else "no attack"),
+            + (threat if self.traits.attacked else "no attack"),
             f"data {config.data.data or 'embedded digits'}: {len(self.splits.train):,} training and "
             f"{len(self.splits.val):,} held-out images, {self.splits.num_classes} classes",
             f"{self.num_passes} passes ({optim.epochs} epochs at replay {settings.replay}) of {self.steps_per_pass} "
@@ -96,8 +96,12 @@ class Trainer:
         lines.append(describe_loader(config, self.splits, self.device))
         if self.state.engine is not None:
             lines.append(f"attack engine {self.state.engine.name}: {self.state.engine.reason}")
-        if self.objective.has_clean_encoder:
-            lines.append(f"clean encoder {config.method.clean_encoder}, bank {config.method.bank_size}")
+        if self.traits.has_clean_encoder:
+            method = config.method
+            bank = f"bank {method.bank_size}"
+            if method.bank_kind == "dataset":
+                bank = f"bank of every training image, {method.num_negatives} drawn as negatives"
+            lines.append(f"clean encoder {method.clean_encoder}, {bank}")
         if self.resumed:
             lines.append(f"resuming {self.folder.path} after step {self.state.step} of {self.total_steps}")
         return "\n".join(lines)
@@ -160,7 +164,7 @@ class Trainer:
         state = self.state
         sums = state.meter.read()
         row: dict[str, Any] = {"kind": "train", "epoch": self.loader.epoch, "step": state.step}
-        row |= means(sums, attacked=self.objective.attacked, contrastive=self.objective.has_clean_encoder)
+        row |= means(sums, attacked=self.traits.attacked, parts=self.traits.parts)
         row |= {"lr": float(state.lr), "loss_scale": state.scaler.get_scale()}
         if isinstance(state.model.classifier, CosineClassifier):
             row["logit_scale"] = float(state.model.classifier.scale.detach())

@@ -28,6 +28,7 @@ STEM_CONV: dict[Layout, tuple[int, int]] = {"plain": (2, 3), "pad4": (2, 3), "s2
 STREAM_START = 0x5354
 STREAM_TARGET = 0x5447
 STREAM_CLEAN_START = 0x4353
+STREAM_ROWS = 0x5257
 
 
 def _signed(value: int) -> int:
@@ -156,6 +157,16 @@ def draw_target(
     # Multiply-shift: 32 random bits scaled to 0 .. num_classes-2; the bias is below 2**-22 for 1000 classes.
     offset = _shift_right(_shift_right(draw_bits(keys, torch.zeros_like(index)), 32) * (num_classes - 1), 32)
     return (y + 1 + offset) % num_classes
+
+
+def draw_rows(num_rows: int, num: int, *, seed: int | Tensor, step: Tensor) -> Tensor:
+    """Draw `num` independent rows, uniform over 0 .. num_rows-1, with a bias below 2**-11 for 2**21 rows.
+
+    Shapes: step () int64, whose device the draw is made on; returns (num,) int64.
+    """
+    position = torch.arange(num, device=step.device)
+    bits = draw_bits(row_keys(STREAM_ROWS, seed, 0, step, position), torch.zeros_like(position))
+    return _shift_right(_shift_right(bits, 32) * num_rows, 32)
 
 
 def clip_to_ball_(x_adv: Tensor, x: Tensor, eps: float) -> Tensor:

@@ -11,7 +11,7 @@ from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 
 from fasttht.kernels import reference
-from fasttht.kernels.reference import draw_start, draw_target
+from fasttht.kernels.reference import draw_rows, draw_start, draw_target
 from fasttht.pipelines import plan
 
 WORD = 2**64 - 1
@@ -98,8 +98,8 @@ def test_every_counter_changes_the_key() -> None:
 
 def test_streams_of_all_purposes_differ() -> None:
     streams = [getattr(module, name) for module in (plan, reference) for name in dir(module) if "STREAM_" in name]
-    assert len(streams) == 8
-    assert len(set(streams)) == 8
+    assert len(streams) == 9
+    assert len(set(streams)) == 9
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -230,3 +230,16 @@ def test_target_of_an_image_changes_with_each_counter(counter: str) -> None:
     one = draw_target(y, index, 1000, **COUNTERS)
     two = draw_target(y, index, 1000, **{**COUNTERS, counter: COUNTERS[counter] + 1})
     assert int((one == two).sum()) < 10  # 0.4 expected by chance
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 1_281_167, 2**31])
+def test_drawn_rows_are_the_scaled_bits_of_their_position(device: torch.device, num_rows: int) -> None:
+    """Against numpy's wider integers; every row is in range, and a tensor counter draws as its number does."""
+    step = torch.tensor(5, device=device)
+    rows = draw_rows(num_rows, 300, seed=3, step=step)
+    keys = reference.row_keys(reference.STREAM_ROWS, 3, 0, 5, torch.arange(300))
+    bits = reference.draw_bits(keys, torch.zeros(300, dtype=torch.int64)).numpy().view(np.uint64)
+    assert rows.tolist() == [(int(word) >> 32) * num_rows >> 32 for word in bits]
+    assert max(rows.tolist()) < num_rows
+    assert torch.equal(rows, draw_rows(num_rows, 300, seed=torch.tensor(3, device=device), step=step))
+    assert torch.equal(rows[:10], draw_rows(num_rows, 10, seed=3, step=step))

@@ -14,6 +14,7 @@ from fasttht.build import build_loader, build_model
 from fasttht.config import TrainConfig
 from fasttht.config_file import from_flat, read_preset
 from fasttht.evaluate import Score, evaluate, record, step_size, threats
+from fasttht.models.mixture_bn import MixtureBatchNorm2d, through
 from fasttht.pipelines.splits import Splits, open_splits
 from fasttht.resolve import resolve
 
@@ -93,6 +94,33 @@ def test_counts_are_those_of_a_plain_loop(splits: Splits) -> None:
     with torch.no_grad():
         predicted = model.logits(pixels.permute(0, 3, 1, 2).float() / 255).argmax(dim=1)
     assert scores["clean"].correct == int((predicted == torch.from_numpy(val.labels.copy())).sum())
+
+
+def test_a_network_with_mixture_bn_is_attacked_and_scored_through_its_adversarial_branch(splits: Splits) -> None:
+    """The clean images' accuracy through the clean branch stands beside it, under its own name."""
+    config = config_of(objective="mbn")
+    model = build_model(config, 10, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # without a gamma, neither branch sees its images: one says 5, the other something else
+        for layer in model.modules():
+            if isinstance(layer, MixtureBatchNorm2d):
+                layer.clean.weight.zero_()
+                layer.adversarial.weight.zero_()
+                layer.clean.bias.fill_(1.0)
+                layer.adversarial.bias.uniform_(0.5, 1.5, generator=generator)
+    with torch.no_grad():
+        x = torch.zeros(1, 3, 8, 8)
+        logits = model.eval().logits(x)[0]
+        model.classifier.bias += 1e-4 * torch.nn.functional.one_hot(torch.tensor(5), 10) - logits
+        with through(model, "clean"):
+            seen = int(model.logits(x).argmax())
+    loader = build_loader(config, splits, torch.device("cpu"), train=False)
+    scores = evaluate(model, loader, ATTACKS[:2], seed=0, num_classes=10)
+    assert list(scores) == ["clean", "pgd0", "pgd3", "clean_branch_clean"]
+    labels = torch.from_numpy(splits.val.labels.copy())
+    assert scores["clean"].correct == scores["pgd3"].correct == int((labels == 5).sum())
+    assert scores["clean_branch_clean"].correct == int((labels == seen).sum())
+    assert seen != 5
 
 
 def test_rows_are_percent_with_the_number_of_images() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasttht.losses import contrastive, normalized_cross_entropy
+from fasttht.losses import contrastive, kl_divergence, logit_pairing, normalized_cross_entropy
 
 Array = npt.NDArray[np.float64]
 
@@ -182,3 +182,68 @@ def test_small_temperatures_do_not_overflow(tau: float) -> None:
     same: Any = u[:1].expand(3, -1)
     loss = contrastive(same, same, u[:1].expand(20, -1), tau=tau)
     assert float(loss) == pytest.approx(np.log(21), rel=1e-3)
+
+
+# -- the baselines' terms ----------------------------------------------------------------------------------------------
+
+
+def softmax(logits: Array) -> Array:
+    e = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)  # type: ignore[no-any-return]
+
+
+@given(rows=st.integers(1, 6), classes=st.integers(2, 40), spread=st.floats(0.1, 8), seed=st.integers(0, 999))
+@settings(deadline=None)
+def test_kl_and_its_tail_equal_equation_4(rows: int, classes: int, spread: float, seed: int) -> None:
+    z, z_adv = (torch.randn(rows, classes, generator=generator(2 * seed + i)).double() * spread for i in (0, 1))
+    found = kl_divergence(z, z_adv)
+    p, q = softmax(z.numpy()), softmax(z_adv.numpy())
+    terms = p * np.log(p / q)
+    assert float(found.kl) == pytest.approx(terms.sum() / rows, rel=1e-9, abs=1e-12)
+    assert float(found.tail) == pytest.approx(terms[p < 0.01].sum() / rows, rel=1e-9, abs=1e-12)
+
+
+def test_kl_is_finite_where_probabilities_underflow_to_zero() -> None:
+    """p log(p/q) of the probabilities would be 0 x log(0/0); exact zeros made a public TRADES return NaN."""
+    z = torch.tensor([[0.0, -500.0, -900.0], [300.0, 0.0, 0.0]], requires_grad=True)
+    z_adv = torch.tensor([[-700.0, 0.0, -900.0], [300.0, 0.0, 0.0]], requires_grad=True)
+    found = kl_divergence(z, z_adv)
+    assert float(found.kl.detach()) == pytest.approx(700 / 2)
+    for grad in torch.autograd.grad(found.kl, (z, z_adv)):
+        assert bool(grad.isfinite().all())
+
+
+def test_kl_has_gradient_on_both_sides_and_none_in_its_tail() -> None:
+    def kl(z: Tensor, z_adv: Tensor) -> Tensor:
+        return kl_divergence(z, z_adv).kl
+
+    z, z_adv = (torch.randn(3, 4, generator=generator(i)).double().requires_grad_(True) for i in (0, 1))
+    assert torch.autograd.gradcheck(kl, (z, z_adv))
+    assert all(bool(grad.any()) for grad in torch.autograd.grad(kl(z, z_adv), (z, z_adv)))
+    assert not kl_divergence(z, z_adv).tail.requires_grad
+
+
+def test_gradient_of_the_kl_in_its_second_side_is_that_of_the_soft_cross_entropy() -> None:
+    """Which is why an attack on the KL can be run as one on the cross entropy with p(x) as classes."""
+    z, z_adv = (torch.randn(3, 4, generator=generator(i)).double().requires_grad_(True) for i in (0, 1))
+    (one,) = torch.autograd.grad(kl_divergence(z, z_adv).kl, z_adv)
+    (two,) = torch.autograd.grad(F.cross_entropy(z_adv, z.detach().softmax(dim=1)), z_adv)
+    torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-14)
+
+
+def test_logit_pairing_is_the_mean_square_over_images_and_classes() -> None:
+    z, z_adv = (torch.randn(3, 4, generator=generator(i)).double().requires_grad_(True) for i in (0, 1))
+    loss = logit_pairing(z, z_adv)
+    assert float(loss.detach()) == pytest.approx(float(np.mean((z - z_adv).detach().numpy() ** 2)), rel=1e-12)
+    grads = torch.autograd.grad(loss, (z, z_adv))
+    torch.testing.assert_close(grads[0], -grads[1])
+    assert bool(grads[0].any())
+
+
+def test_terms_of_half_types_are_taken_in_float32() -> None:
+    z, z_adv = (torch.randn(3, 40, generator=generator(i)).to(torch.bfloat16) for i in (0, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        kl, pairing = kl_divergence(z, z_adv).kl, logit_pairing(z, z_adv)
+    assert kl.dtype == pairing.dtype == torch.float32
+    assert float(kl) == pytest.approx(float(kl_divergence(z.double(), z_adv.double()).kl), rel=1e-5)
+    assert float(pairing) == pytest.approx(float(logit_pairing(z.double(), z_adv.double())), rel=1e-5)

@@ -61,7 +61,7 @@ def tiny_state(config: TrainConfig, *, frozen: bool = False, dtype: torch.dtype 
                 parameter.uniform_(0.5, 1.5, generator=generator)
     encoder = CleanEncoder(model, frozen=frozen) if model.feature_head is not None else None
     assert config.optim.lr is not None
-    return TrainState(config, model, encoder, Schedule(config.optim.lr, milestones=[]), img_size=SIDE)
+    return TrainState(config, model, encoder, Schedule(config.optim.lr, milestones=[]), img_size=SIDE, num_images=40)
 
 
 def make_batch(step: int, size: int = 8) -> Batch:
@@ -162,7 +162,15 @@ class SyncCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{"steps": 2}, {"steps": 2, "targeted": False}, {"replay": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 2}, {"steps": 2, "targeted": False}, {"replay": 2}, {"steps": 2, "objective": "trades"},
+        {"steps": 1, "objective": "mbn-alp"}, {"replay": 2, "objective": "at-kl"}, {"steps": 1, "denoise": True},
+        {"steps": 1, "bank_kind": "dataset", "num_negatives": 6},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_train_steps_never_wait_for_the_device(options: dict[str, Any]) -> None:
     config = tiny_config(model_ema=True, **options)
     state = tiny_state(config, dtype=torch.float32)

@@ -33,6 +33,7 @@ from fasttht.attacks.pgd import FP16_LOSS_SCALE, Attacked, Draw, InputGradient, 
 from fasttht.attacks.threat import Threat
 from fasttht.config import AttackConfig
 from fasttht.errors import UsageError
+from fasttht.models.denoise import has_denoising
 from fasttht.models.two_head import TwoHead
 
 # Below so many multiply-adds for one image's forward, compiling costs more than it saves (ResNet-50 at 224: 4.1e9).
@@ -63,6 +64,10 @@ class Engine(Protocol):
         """Do what `pgd.attack` does; x_adv may be in another memory format."""
         ...
 
+    def probabilities(self, x: Tensor) -> Tensor:
+        """Return p(x), (B, C) without gradient, by the network that the gradients are of: TRADES' attack compares."""
+        ...
+
     def refresh_(self) -> None:
         """Take over the model's weights and statistics as they are now; once per training step, before its attack."""
         ...
@@ -88,6 +93,7 @@ class EagerEngine:
         self.reason = reason
         self._model = model
         self._batch_norm = batch_norm
+        self._logits = logits
         self._gradient = input_gradient(logits, loss_scale)
 
     def refresh_(self) -> None:
@@ -112,6 +118,11 @@ class EagerEngine:
         soft_target: Tensor | None = None,
     ) -> Attacked:
         return attack(self.gradient, x, y, index, threat, draw, num_classes=num_classes, soft_target=soft_target)
+
+    @torch.no_grad()
+    def probabilities(self, x: Tensor) -> Tensor:
+        with evaluating(self._model):
+            return self._logits(x).softmax(dim=1)
 
 
 class FoldedEngine:
@@ -158,6 +169,11 @@ class FoldedEngine:
             return self._graphed(x, y, index, threat, draw, num_classes=num_classes, soft_target=soft_target)
         counters = draw.counters(x.device)
         return self._attack(x, y, index, threat, counters, num_classes=num_classes, soft_target=soft_target)
+
+    @torch.no_grad()
+    def probabilities(self, x: Tensor) -> Tensor:
+        logits: Tensor = self._net(x)
+        return logits.softmax(dim=1)
 
     def refresh_(self) -> None:
         self._net.refresh_(self._model)
@@ -271,6 +287,8 @@ def choose_engine(
         return name, "as asked"
     if batch_norm == "batch":
         return "eager", "batch statistics cannot be folded"
+    if has_denoising(model):
+        return "eager", "denoising blocks cannot be folded"
     if device.type == "cuda":
         return "folded", "the faster ones have not been measured on a GPU yet: compare them with `fasttht bench attack`"
     macs = count_macs(model, img_size)

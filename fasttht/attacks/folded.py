@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fasttht import kernels
+from fasttht.models.mixture_bn import MixtureBatchNorm2d
 from fasttht.models.resnet import BasicBlock, Bottleneck
 from fasttht.models.two_head import CosineClassifier, TwoHead, at_least_float32
 
@@ -24,6 +25,8 @@ class FoldedConv(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
+        if isinstance(norm, MixtureBatchNorm2d):
+            norm = norm.adversarial  # the branch that attacks go through
         if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
             raise ValueError(
                 f"folding: expected BatchNorm2d with running statistics behind every convolution, got {norm}; "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fasttht.checkpoint import read_encoder
 from fasttht.errors import CheckpointError
+from fasttht.models.denoise import has_denoising, remove_denoising_
 from fasttht.models.two_head import FeatureHead, Normalize, TwoHead
 
 
@@ -70,6 +71,8 @@ def load_frozen(model: TwoHead, path: Path) -> CleanEncoder:
     """
     tensors = read_encoder(path)
     encoder = CleanEncoder(model, frozen=True)
+    if has_denoising(encoder) and not any(name.endswith(".theta.weight") for name in tensors):
+        remove_denoising_(encoder)  # weights of a plain network beside a denoising f
     for name, own in encoder.state_dict().items():
         found = tensors.get(name)
         if found is None:

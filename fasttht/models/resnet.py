@@ -1,16 +1,21 @@
 """ResNet-18/34/50/101/152 (v1.5: the stride sits on the 3x3), with torchvision's state-dict keys.
 
-Written here rather than imported because the stem, the width and (later) the normalisation and the blocks vary
-with the recipe, and torchvision cannot be installed beside every torch build.
+Written here rather than imported because the stem, the width, the normalisation and the blocks vary with the recipe,
+and torchvision cannot be installed beside every torch build.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from fasttht.models.denoise import DenoisingBlock
+from fasttht.models.mixture_bn import MixtureBatchNorm2d, norms
+
+Norm = Callable[[int], nn.Module]
 Stem = Literal["imagenet", "small"]
 
 # name -> (bottleneck?, blocks per stage)
@@ -32,12 +37,12 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, channels_in: int, channels: int, stride: int, downsample: nn.Module | None) -> None:
+    def __init__(self, channels_in: int, channels: int, stride: int, downsample: nn.Module | None, norm: Norm) -> None:
         super().__init__()
         self.conv1 = _conv(channels_in, channels, 3, stride)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = norm(channels)
         self.conv2 = _conv(channels, channels, 3)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = norm(channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
@@ -53,14 +58,14 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, channels_in: int, channels: int, stride: int, downsample: nn.Module | None) -> None:
+    def __init__(self, channels_in: int, channels: int, stride: int, downsample: nn.Module | None, norm: Norm) -> None:
         super().__init__()
         self.conv1 = _conv(channels_in, channels, 1)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = norm(channels)
         self.conv2 = _conv(channels, channels, 3, stride)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = norm(channels)
         self.conv3 = _conv(channels, channels * self.expansion, 1)
-        self.bn3 = nn.BatchNorm2d(channels * self.expansion)
+        self.bn3 = norm(channels * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
@@ -78,11 +83,21 @@ class ResNet(nn.Module):
     Shapes: x (B, 3, H, W), already normalised; returns (B, num_features).
     Stem `imagenet`: 7x7 stride 2 and a 3x3 max-pool; `small`: 3x3 stride 1, no pool (images up to ~64 px).
     `width` is the channel count of the first stage, 64 in the standard networks.
+    `denoise` adds a denoising block behind the last block of each stage, as that stage's last child: the keys of the
+    others are the same with and without. `mixture_bn` makes every BN a clean and an adversarial one.
 
     Raises: ValueError for an unknown architecture or stem.
     """
 
-    def __init__(self, arch: str = "resnet50", *, stem: Stem = "imagenet", width: int = 64) -> None:
+    def __init__(
+        self,
+        arch: str = "resnet50",
+        *,
+        stem: Stem = "imagenet",
+        width: int = 64,
+        denoise: bool = False,
+        mixture_bn: bool = False,
+    ) -> None:
         super().__init__()
         if arch not in ARCHS:
             raise ValueError(f"arch: expected one of {', '.join(ARCHS)}, got {arch}")
@@ -96,7 +111,9 @@ class ResNet(nn.Module):
         else:
             self.conv1 = _conv(3, width, 3)
             self.maxpool = nn.Identity()
-        self.bn1 = nn.BatchNorm2d(width)
+        self._norm: Norm = MixtureBatchNorm2d if mixture_bn else nn.BatchNorm2d
+        self._denoise = denoise
+        self.bn1 = self._norm(width)
         self.relu = nn.ReLU(inplace=True)
         self.num_features = width
         self.layer1 = self._stage(block, width, blocks[0], 1)
@@ -115,10 +132,12 @@ class ResNet(nn.Module):
             downsample = None
             if block_stride != 1 or self.num_features != channels_out:
                 downsample = nn.Sequential(
-                    _conv(self.num_features, channels_out, 1, block_stride), nn.BatchNorm2d(channels_out)
+                    _conv(self.num_features, channels_out, 1, block_stride), self._norm(channels_out)
                 )
-            layers.append(block(self.num_features, channels, block_stride, downsample))
+            layers.append(block(self.num_features, channels, block_stride, downsample, self._norm))
             self.num_features = channels_out
+        if self._denoise:
+            layers.append(DenoisingBlock(self.num_features, self._norm))
         return nn.Sequential(*layers)
 
     def _init_weights(self) -> None:
@@ -126,10 +145,12 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, Bottleneck):
-                nn.init.zeros_(module.bn3.weight)
-            elif isinstance(module, BasicBlock):
-                nn.init.zeros_(module.bn2.weight)
+            elif isinstance(module, Bottleneck | BasicBlock):
+                for layer in norms(module.bn3 if isinstance(module, Bottleneck) else module.bn2):
+                    nn.init.zeros_(layer.weight)
+        for module in self.modules():  # again: they are visited before their own convolutions
+            if isinstance(module, DenoisingBlock):
+                module.init_weights()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))

@@ -94,6 +94,7 @@ class TwoHead(nn.Module):
 
     Shapes: x (B, 3, H, W) float in [0, 1]; returns Outputs.
     Only the heads that the objective uses are built: an unused one would wait for gradients under DDP.
+    With mixture BN, images take the adversarial branch unless `mixture_bn.through` says otherwise.
     """
 
     def __init__(
@@ -106,10 +107,12 @@ class TwoHead(nn.Module):
         classifier: Classifier = "cosine",
         scale_init: float = 16.0,
         feat_dim: int | None = 128,
+        denoise: bool = False,
+        mixture_bn: bool = False,
     ) -> None:
         super().__init__()
         self.normalize = Normalize()
-        self.trunk = ResNet(arch, stem=stem, width=width)
+        self.trunk = ResNet(arch, stem=stem, width=width, denoise=denoise, mixture_bn=mixture_bn)
         self.classifier: CosineClassifier | nn.Linear
         if classifier == "cosine":
             self.classifier = CosineClassifier(self.trunk.num_features, num_classes, scale_init)
