@@ -174,8 +174,15 @@ def build_schedule(config: TrainConfig, steps_per_pass: int) -> Schedule:
     )
 
 
-def build_state(config: TrainConfig, splits: Splits, device: torch.device, steps_per_pass: int) -> TrainState:
-    """Build the whole state of a fresh run."""
+def build_state(
+    config: TrainConfig,
+    splits: Splits,
+    device: torch.device,
+    steps_per_pass: int,
+    *,
+    report: Callable[[str], None] = lambda line: None,
+) -> TrainState:
+    """Build the whole state of a fresh run. report: told in one line of a step engine that does not work."""
     model = build_model(config, splits.num_classes, device)
     return TrainState(
         config,
@@ -185,4 +192,5 @@ def build_state(config: TrainConfig, splits: Splits, device: torch.device, steps
         img_size=config.data.img_size,
         amp_dtype=amp_dtype_of(config, device),
         num_images=len(splits.train),
+        report=report,
     )

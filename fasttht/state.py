@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from fasttht.metrics import Meter
 from fasttht.models.clean_encoder import CleanEncoder, lerp_
 from fasttht.models.two_head import CosineClassifier, TwoHead, decay_groups
 from fasttht.schedule import Schedule
+from fasttht.step_engine import build_step_engine
 from fasttht.traits import TRAITS
 
 
@@ -56,7 +58,9 @@ class TrainState:
         img_size: int,
         amp_dtype: torch.dtype = torch.float32,
         num_images: int | None = None,
+        report: Callable[[str], None] = lambda line: None,
     ) -> None:
+        """Build a fresh state. report: told in one line of a step engine that turns out not to work."""
         parameter = next(model.parameters())
         device, dtype = parameter.device, parameter.dtype
         self.device, self.dtype, self.amp_dtype = device, dtype, amp_dtype
@@ -96,6 +100,7 @@ class TrainState:
         self.engine: Engine | None = None
         if TRAITS[method.objective].attacked and config.attack.replay == 1:
             self.engine = build_engine(config.attack, model, self.attack_logits, img_size=img_size, amp_dtype=amp_dtype)
+        self.step_engine = build_step_engine(config, model, self.bank, report=report, abandon=self.abandon_)
         # progress
         self.step = 0
         self.meter = Meter(device)
@@ -142,6 +147,11 @@ class TrainState:
     def statistics(self) -> list[Tensor]:
         """Return copies of f's BN statistics, to be handed to `update_` after the forward that changes them."""
         return [buffer.clone() for buffer in self.model.trunk.buffers()]
+
+    def abandon_(self) -> None:
+        """Forget a step that broke off before it ran: its gradients, and what the scaler noted of it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler._per_optimizer_states.clear()
 
     @torch.no_grad()
     def update_(self, config: TrainConfig, before: list[Tensor]) -> Tensor:

@@ -6,8 +6,8 @@ the update, and only then the bank, so an image never meets its own feature amon
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,20 +17,11 @@ from fasttht.attacks.free import perturbed
 from fasttht.attacks.pgd import Draw
 from fasttht.attacks.threat import Threat
 from fasttht.config import TrainConfig
-from fasttht.objectives import OBJECTIVES, Views
+from fasttht.objectives import Views
 from fasttht.pipelines.loader import Batch
 from fasttht.state import TrainState
+from fasttht.step_engine import Inputs
 from fasttht.traits import TRAITS
-
-
-@dataclass(frozen=True)
-class Part:
-    """One micro-batch: its rows of the global batch, and its share of the loss."""
-
-    rows: slice
-    share: float
-    y: Tensor
-    index: Tensor
 
 
 def train_threat(config: TrainConfig) -> Threat:
@@ -55,26 +46,23 @@ def standard_step(state: TrainState, config: TrainConfig, batch: Batch, draw: Dr
 
     Mutates the state and nothing else; one backward per micro-batch.
     """
-    threat, prescribed = train_threat(config), TRAITS[config.method.objective].attack
-    before = state.statistics()
     if state.engine is not None:
         state.engine.refresh_()
-    features = []
-    for part in _parts(batch, config.optim.grad_accum_steps):
-        x = kernels.u8_to_input(batch.x[part.rows], state.dtype)
-        feat_clean = state.clean_features(x)
-        x_adv = x
-        if state.engine is not None:
-            subject = batch.x[part.rows] if config.attack.attack_start == "lattice" else x
-            attacked = state.engine.attack(
-                subject, part.y, part.index, threat, draw, num_classes=num_classes,
-                soft_target=state.engine.probabilities(x) if prescribed.loss == "kl" else None,
-            )  # fmt: skip
-            x_adv = attacked.x_adv.to(state.dtype)
-            state.meter.add(zero_grad=attacked.zero_grad * part.share, nan_grad=attacked.nan_grad * part.share)
-        _backward(state, config, Views(x, x_adv, part.y, part.index, feat_clean), part.share)
-        features.append(feat_clean)
-    state.update_(config, before)
+    parts = list(_parts(len(batch.index), config.optim.grad_accum_steps))
+    features: list[Tensor | None] = []
+
+    def attacked() -> Iterator[tuple[Views, float]]:
+        for rows, share in parts:
+            views = _attacked(state, config, batch, rows, share, draw, num_classes)
+            features.append(views.feat_clean)
+            yield views, share
+
+    if len(parts) == 1:
+        ((views, _),) = attacked()
+        inputs = {name: tensor for name, tensor in vars(views).items() if tensor is not None}
+        state.step_engine.run(partial(_update_on_whole, state, config), inputs)
+    else:
+        _update_on(state, config, attacked())
     _enqueue(state, features, batch.index)
 
 
@@ -84,42 +72,79 @@ def free_step(state: TrainState, config: TrainConfig, batch: Batch) -> None:
     Mutates the state and nothing else. Clean features are computed once; the bank is written once, after the last
     replay.
     """
+    parts = _parts(len(batch.index), config.optim.grad_accum_steps)
+    features = [state.clean_features(kernels.u8_to_input(batch.x[rows], state.dtype)) for rows, _ in parts]
+    inputs = {"x": batch.x, "y": batch.y, "index": batch.index}
+    present = [feat for feat in features if feat is not None]
+    if present:
+        inputs["feat_clean"] = torch.cat(present)
+    state.step_engine.run(partial(_replay, state, config), inputs, times=config.attack.replay)
+    _enqueue(state, features, batch.index)
+
+
+def _parts(images: int, num_parts: int) -> Iterator[tuple[slice, float]]:
+    """Cut a global batch into at most `num_parts` equal slices (the last may be shorter), each with its share."""
+    size = -(-images // num_parts)
+    for start in range(0, images, size):
+        rows = slice(start, min(start + size, images))
+        yield rows, (rows.stop - rows.start) / images
+
+
+def _attacked(
+    state: TrainState, config: TrainConfig, batch: Batch, rows: slice, share: float, draw: Draw, num_classes: int
+) -> Views:
+    """Return some rows of the batch, attacked if the objective says so, with their clean features."""
+    x, y, index = kernels.u8_to_input(batch.x[rows], state.dtype), batch.y[rows], batch.index[rows]
+    feat_clean, x_adv = state.clean_features(x), x
+    if state.engine is not None:
+        subject = batch.x[rows] if config.attack.attack_start == "lattice" else x
+        ascends_kl = TRAITS[config.method.objective].attack.loss == "kl"
+        found = state.engine.attack(
+            subject, y, index, train_threat(config), draw, num_classes=num_classes,
+            soft_target=state.engine.probabilities(x) if ascends_kl else None,
+        )  # fmt: skip
+        x_adv = found.x_adv.to(state.dtype)
+        state.meter.add(zero_grad=found.zero_grad * share, nan_grad=found.nan_grad * share)
+    return Views(x, x_adv, y, index, feat_clean)
+
+
+def _update_on_whole(state: TrainState, config: TrainConfig, inputs: Inputs) -> None:
+    _update_on(state, config, [(Views(**{"feat_clean": None, **inputs}), 1.0)])  # type: ignore[arg-type]
+
+
+def _update_on(state: TrainState, config: TrainConfig, parts: Iterable[tuple[Views, float]]) -> None:
+    """Accumulate the gradients of all parts, then update. Parts are taken one by one: their attacks may be lazy."""
+    before = state.statistics()
+    for views, share in parts:
+        _backward(state, views, share)
+    state.update_(config, before)
+
+
+def _replay(state: TrainState, config: TrainConfig, inputs: Inputs) -> None:
+    """Do one replay: accumulate the gradients of all parts, then update the weights and the perturbation."""
     delta, settings = state.delta, config.attack
     assert delta is not None, "free training needs its delta"
     assert settings.eps is not None, "the config was not resolved"
     assert settings.alpha is not None, "the config was not resolved"
-    parts = list(_parts(batch, config.optim.grad_accum_steps))
-    features = [state.clean_features(kernels.u8_to_input(batch.x[part.rows], state.dtype)) for part in parts]
-    for _ in range(settings.replay):
-        leaves, before = [], state.statistics()
-        for part, feat_clean in zip(parts, features, strict=True):
-            x = kernels.u8_to_input(batch.x[part.rows], state.dtype)
-            leaf = delta.leaf(part.rows)
-            _backward(state, config, Views(x, perturbed(x, leaf), part.y, part.index, feat_clean), part.share)
-            leaves.append(leaf)
-        skip = state.update_(config, before)
-        for part, leaf in zip(parts, leaves, strict=True):
-            assert leaf.grad is not None, "the loss depends on delta"
-            zero, nan = (leaf.grad == 0).float().mean(), leaf.grad.isnan().float().mean()
-            state.meter.add(zero_grad=zero * part.share, nan_grad=nan * part.share)
-            delta.step_(part.rows, leaf.grad, skip, eps=settings.eps, alpha=settings.alpha)
-    _enqueue(state, features, batch.index)
+    leaves, before = [], state.statistics()
+    feat_clean = inputs.get("feat_clean")
+    for rows, share in _parts(len(inputs["index"]), config.optim.grad_accum_steps):
+        x, leaf = kernels.u8_to_input(inputs["x"][rows], state.dtype), delta.leaf(rows)
+        feat = None if feat_clean is None else feat_clean[rows]
+        _backward(state, Views(x, perturbed(x, leaf), inputs["y"][rows], inputs["index"][rows], feat), share)
+        leaves.append((rows, share, leaf))
+    skip = state.update_(config, before)
+    for rows, share, leaf in leaves:
+        assert leaf.grad is not None, "the loss depends on delta"
+        zero, nan = (leaf.grad == 0).float().mean(), leaf.grad.isnan().float().mean()
+        state.meter.add(zero_grad=zero * share, nan_grad=nan * share)
+        delta.step_(rows, leaf.grad, skip, eps=settings.eps, alpha=settings.alpha)
 
 
-def _parts(batch: Batch, num_parts: int) -> Iterator[Part]:
-    """Cut a global batch into at most `num_parts` equal slices (the last may be shorter)."""
-    images = len(batch.index)
-    size = -(-images // num_parts)
-    for start in range(0, images, size):
-        rows = slice(start, min(start + size, images))
-        yield Part(rows, (rows.stop - rows.start) / images, batch.y[rows], batch.index[rows])
-
-
-def _backward(state: TrainState, config: TrainConfig, views: Views, share: float) -> None:
+def _backward(state: TrainState, views: Views, share: float) -> None:
     """Run the objective and accumulate its gradients, weighted by the part's share of the global batch."""
-    objective = OBJECTIVES[config.method.objective]
     with state.autocast():
-        terms = objective(state.model, views, state.bank, config.method, smoothing=config.optim.smoothing)
+        terms = state.step_engine.loss(views)
     scaled: Tensor = state.scaler.scale(terms.loss * share)
     torch.autograd.backward(scaled)
     images = len(views.y)

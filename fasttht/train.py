@@ -65,7 +65,7 @@ class Trainer:
         self.eval_loader = build_loader(config, self.splits, self.device, train=False)
         self.steps_per_pass = self.loader.plan.num_steps
         self.num_passes = passes(config, config.optim.epochs)
-        self.state = build_state(config, self.splits, self.device, self.steps_per_pass)
+        self.state = build_state(config, self.splits, self.device, self.steps_per_pass, report=log.say)
         self.traits = TRAITS[config.method.objective]
         self.clock = Clock(self.loader)
         self.resumed = resumes_from is not None
@@ -96,6 +96,7 @@ class Trainer:
         lines.append(describe_loader(config, self.splits, self.device))
         if self.state.engine is not None:
             lines.append(f"attack engine {self.state.engine.name}: {self.state.engine.reason}")
+        lines.append(f"step engine {self.state.step_engine.name}: {self.state.step_engine.reason}")
         if self.traits.has_clean_encoder:
             method = config.method
             bank = f"bank {method.bank_size}"

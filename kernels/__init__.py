@@ -7,6 +7,7 @@ where those can be compiled and take the call.
 if __name__ != "fasttht.kernels":
     raise ImportError(f"import this package as 'fasttht.kernels', not {__name__!r}; run 'pip install -e .' once")
 
+from fasttht.kernels.batch_norm import bn_relu
 from fasttht.kernels.convs import conv_add_relu, conv_relu
 from fasttht.kernels.cuda import Implementation, implementation
 from fasttht.kernels.noise import draw_gaussian_start, draw_l2_start
@@ -47,6 +48,7 @@ __all__ = [
     "Layout",
     "PackedConv",
     "bank_write_",
+    "bn_relu",
     "clip_to_ball_",
     "conv_add_relu",
     "conv_relu",

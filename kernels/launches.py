@@ -29,6 +29,7 @@ class Launch(NamedTuple):
     defines: tuple[tuple[str, str], ...]  # macros that make one variant of the source
     items: int
     args: tuple[object, ...]
+    keep: Tensor | None = None  # memory that the arguments point to and nobody else holds until it is launched
 
 
 Plan = list[Launch] | str

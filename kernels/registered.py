@@ -62,7 +62,7 @@ class InPlaceOp:
                 run(*args)
                 return
             # A kernel writes behind autograd's back; what was saved for a backward must be known to be stale.
-            written = [args[i] for i in mutated if not args[i].is_inference()]
+            written = [args[i] for i in mutated if args[i] is not None and not args[i].is_inference()]
             torch.autograd.graph.increment_version(written)
 
         self._op = register(name, f"{schema} -> ()", body, self._check)

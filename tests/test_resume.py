@@ -31,7 +31,7 @@ STEPS = 6
 MODES: dict[str, dict[str, Any]] = {
     "standard": {"steps": 2, "targeted": True, "start_clean_prob": 0.5},
     "free": {"replay": 2, "epochs": 4, "grad_accum_steps": 2},
-    "at": {"objective": "at", "steps": 1},
+    "at": {"objective": "at", "steps": 1, "step_engine": "fused"},
     "dataset bank": {"steps": 1, "bank_kind": "dataset", "num_negatives": 300},
     "mixture BN": {"objective": "mbn-alp", "replay": 2, "epochs": 4},
 }
@@ -86,6 +86,10 @@ def test_resume_at_every_step_equals_the_uninterrupted_run(mode: str, tmp_path: 
         for key in ("step", "loader", "identity"):
             assert meta[key] == expected_meta[key]
         assert meta["rows"]["metrics.jsonl"] == expected_meta["rows"]["metrics.jsonl"]
+
+
+def test_a_run_says_how_it_takes_its_steps(tmp_path: Path) -> None:
+    assert "step engine fused: as asked" in Trainer(config_of(tmp_path / "run", **MODES["at"])).describe()
 
 
 def test_momentum_and_ema_keep_their_parameters_strides_after_loading(tmp_path: Path) -> None:

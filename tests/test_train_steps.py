@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ from fasttht.pipelines.loader import Batch
 from fasttht.resolve import resolve
 from fasttht.schedule import Schedule
 from fasttht.state import TrainState
+from fasttht.step_engine import build_step_engine
 from fasttht.steps import free_step, standard_step
 
 CLASSES, SIDE = 5, 8
@@ -51,7 +53,23 @@ def tiny_config(**options: Any) -> TrainConfig:
     return resolve(config)
 
 
-def tiny_state(config: TrainConfig, *, frozen: bool = False, dtype: torch.dtype = torch.float64) -> TrainState:
+class Recorder:
+    """Records by keeping the work, and replays by doing it."""
+
+    def warm(self, work: Callable[[], None]) -> None:
+        work()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
+
+
+# Rungs of the training step that a CPU can take.
+RUNGS = ["eager", "compiled", "fused", "captured"]
+
+
+def tiny_state(
+    config: TrainConfig, *, frozen: bool = False, dtype: torch.dtype = torch.float64, rung: str = "eager"
+) -> TrainState:
     """A fresh state; the schedule is constant. Blocks are not born as identities, so every weight matters."""
     model = build_model(config, CLASSES, torch.device("cpu")).to(dtype)
     generator = torch.Generator().manual_seed(1)
@@ -61,7 +79,12 @@ def tiny_state(config: TrainConfig, *, frozen: bool = False, dtype: torch.dtype 
                 parameter.uniform_(0.5, 1.5, generator=generator)
     encoder = CleanEncoder(model, frozen=frozen) if model.feature_head is not None else None
     assert config.optim.lr is not None
-    return TrainState(config, model, encoder, Schedule(config.optim.lr, milestones=[]), img_size=SIDE, num_images=40)
+    state = TrainState(config, model, encoder, Schedule(config.optim.lr, milestones=[]), img_size=SIDE, num_images=40)
+    state.step_engine = build_step_engine(
+        config, model, state.bank, report=lambda line: pytest.fail(line), abandon=state.abandon_,
+        name=rung, backend="aot_eager", recorder=Recorder(),
+    )  # fmt: skip
+    return state
 
 
 def make_batch(step: int, size: int = 8) -> Batch:
@@ -102,13 +125,15 @@ def reference_of(state: TrainState, config: TrainConfig, minimal: ModuleType) ->
     return f, g, optimizer, minimal.Bank(config.method.bank_size, config.model.feat_dim, torch.float64)
 
 
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen g", "momentum g"])
-@pytest.mark.parametrize("targeted", [False, True], ids=["untargeted", "targeted"])
+@pytest.mark.parametrize(
+    ("targeted", "frozen", "rung"),
+    [(False, True, "eager"), (True, True, "eager"), (False, False, "eager"), *((True, False, rung) for rung in RUNGS)],
+)
 def test_standard_trainer_equals_the_specification_for_five_steps(
-    minimal: ModuleType, targeted: bool, frozen: bool
+    minimal: ModuleType, targeted: bool, frozen: bool, rung: str
 ) -> None:
     config = tiny_config(steps=3, targeted=targeted)
-    state = tiny_state(config, frozen=frozen)
+    state = tiny_state(config, frozen=frozen, rung=rung)
     f, g, optimizer, bank = reference_of(state, config, minimal)
     f.train()
     for step in range(5):
@@ -125,10 +150,10 @@ def test_standard_trainer_equals_the_specification_for_five_steps(
         assert_same(state, f, g, bank, optimizer)
 
 
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen g", "momentum g"])
-def test_free_trainer_equals_the_specification_for_five_steps(minimal: ModuleType, frozen: bool) -> None:
+@pytest.mark.parametrize(("frozen", "rung"), [(True, "eager"), (False, "eager"), (False, "fused"), (False, "captured")])
+def test_free_trainer_equals_the_specification_for_five_steps(minimal: ModuleType, frozen: bool, rung: str) -> None:
     config = tiny_config(replay=3, alpha=None)
-    state = tiny_state(config, frozen=frozen)
+    state = tiny_state(config, frozen=frozen, rung=rung)
     f, g, optimizer, bank = reference_of(state, config, minimal)
     f.train()
     assert state.delta is not None
@@ -162,6 +187,7 @@ class SyncCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("rung", ["eager", "fused", "captured"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -171,27 +197,29 @@ class SyncCounter(TorchDispatchMode):
     ],
     ids=str,
 )  # fmt: skip
-def test_train_steps_never_wait_for_the_device(options: dict[str, Any]) -> None:
+def test_train_steps_never_wait_for_the_device(options: dict[str, Any], rung: str) -> None:
     config = tiny_config(model_ema=True, **options)
-    state = tiny_state(config, dtype=torch.float32)
+    state = tiny_state(config, dtype=torch.float32, rung=rung)
     with SyncCounter() as counter:
         float(torch.ones(()))  # the counter sees a sync where there is one
         assert counter.syncs
         counter.syncs.clear()
-        if "replay" in options:
-            free_step(state, config, make_batch(0))
-        else:
-            standard_step(state, config, make_batch(0), Draw(0), num_classes=CLASSES)
+        for step in range(2):
+            if "replay" in options:
+                free_step(state, config, make_batch(step))
+            else:
+                standard_step(state, config, make_batch(step), Draw(0), num_classes=CLASSES)
     assert counter.syncs == []
 
 
+@pytest.mark.parametrize("rung", ["eager", "fused", "captured"])
 @pytest.mark.parametrize("options", [{"steps": 2}, {"replay": 2, "alpha": None}], ids=["standard", "free"])
-def test_gradient_accumulation_keeps_bank_delta_and_draws(options: dict[str, Any]) -> None:
+def test_gradient_accumulation_keeps_bank_delta_and_draws(options: dict[str, Any], rung: str) -> None:
     """BN sees the parts, so weights differ; what is drawn, stored and cut may not."""
     states = []
     for parts in (1, 4):
         config = tiny_config(grad_accum_steps=parts, **options)
-        state = tiny_state(config, frozen=True)
+        state = tiny_state(config, frozen=True, rung=rung)
         state.model.eval()  # without batch statistics the parts add up to the whole batch
         for step in range(3):
             if "replay" in options:
@@ -210,11 +238,12 @@ def test_gradient_accumulation_keeps_bank_delta_and_draws(options: dict[str, Any
         torch.testing.assert_close(whole.delta.value, split.delta.value, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("rung", ["eager", "fused", "captured"])
 @pytest.mark.parametrize("amp", ["bf16", "fp32"])
-def test_loss_scaler_path_trains_and_skips_on_cpu(amp: str) -> None:
+def test_loss_scaler_path_trains_and_skips_on_cpu(amp: str, rung: str) -> None:
     """The scaler at a real scale, as fp16 uses it on a GPU; CPU fp16 convolutions are too slow to test with."""
     config = tiny_config(steps=1, amp_dtype=amp)
-    state = tiny_state(config, dtype=torch.float32)
+    state = tiny_state(config, dtype=torch.float32, rung=rung)
     state.amp_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[amp]
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
     state.scaler.scale(torch.zeros(()))

@@ -1,6 +1,7 @@
 """Free training against a naive loop written from the paper's code, bit for bit, and its persistent perturbation."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fasttht.pipelines.loader import Batch
 from fasttht.resolve import resolve
 from fasttht.schedule import Schedule
 from fasttht.state import TrainState
+from fasttht.step_engine import build_step_engine
 from fasttht.steps import free_step
 
 CLASSES, SIDE, BATCH, REPLAY = 5, 8, 6, 3
@@ -38,7 +40,17 @@ def config_of(**options: Any) -> TrainConfig:
     return resolve(config)
 
 
-def state_of(config: TrainConfig) -> TrainState:
+class Recorder:
+    """Records by keeping the work, and replays by doing it."""
+
+    def warm(self, work: Callable[[], None]) -> None:
+        work()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
+
+
+def state_of(config: TrainConfig, rung: str = "eager") -> TrainState:
     """A fresh state in float64 with a constant rate; no block is born as an identity."""
     model = build_model(config, CLASSES, torch.device("cpu")).double()
     generator = torch.Generator().manual_seed(1)
@@ -47,7 +59,12 @@ def state_of(config: TrainConfig) -> TrainState:
             if parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5, generator=generator)
     encoder = CleanEncoder(model, frozen=False) if model.feature_head is not None else None
-    return TrainState(config, model, encoder, Schedule(LR, milestones=[]), img_size=SIDE)
+    state = TrainState(config, model, encoder, Schedule(LR, milestones=[]), img_size=SIDE)
+    state.step_engine = build_step_engine(
+        config, model, state.bank, report=lambda line: pytest.fail(line), abandon=state.abandon_,
+        name=rung, backend="aot_eager", recorder=Recorder(),
+    )  # fmt: skip
+    return state
 
 
 def batch_of(number: int, rows: int = BATCH) -> Batch:
@@ -86,10 +103,11 @@ class NaiveFree:
             self.optimizer.step()
 
 
-def test_free_step_equals_a_naive_loop_bit_for_bit() -> None:
+@pytest.mark.parametrize("rung", ["eager", "fused", "captured"])
+def test_free_step_equals_a_naive_loop_bit_for_bit(rung: str) -> None:
     """Three batches, the last one short: weights, BN statistics, momentum and the perturbation."""
     config = config_of()
-    state = state_of(config)
+    state = state_of(config, rung)
     naive = NaiveFree(copy.deepcopy(state.model))
     for number, rows in enumerate([BATCH, BATCH, BATCH - 2]):
         before = delta_of(state).clone()
@@ -204,10 +222,13 @@ def protected(state: TrainState) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in found.items()}
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
+@pytest.mark.parametrize(
+    ("value", "rung"),
+    [(float("nan"), "eager"), *((float("inf"), rung) for rung in ("eager", "fused", "captured"))],
+)
+def test_a_gradient_that_is_not_finite_changes_nothing(value: float, rung: str) -> None:
     config = config_of(objective="that", model_ema=True)
-    state = state_of(config)
+    state = state_of(config, rung)
     fault = Fault(state.model, value)
     free_step(state, config, batch_of(0))
     before = protected(state)
@@ -229,10 +250,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
     assert fault.num_calls == 3 * REPLAY
 
 
-def test_an_overflow_in_the_forward_leaves_the_average_as_it_was() -> None:
+@pytest.mark.parametrize("rung", ["eager", "fused", "captured"])
+def test_an_overflow_in_the_forward_leaves_the_average_as_it_was(rung: str) -> None:
     """What float16 activations do: the gradient is not finite, and BN has seen infinity before it."""
     config = config_of(model_ema=True)
-    state = state_of(config)
+    state = state_of(config, rung)
     free_step(state, config, batch_of(0))
     before = protected(state)
     handle = state.model.trunk.layer1.register_forward_hook(lambda _module, _args, out: out * float("inf"))
@@ -260,9 +282,10 @@ def test_after_a_step_that_was_not_taken_the_next_is_the_one_it_would_have_been(
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
-def test_only_the_replays_with_a_bad_gradient_are_skipped() -> None:
+@pytest.mark.parametrize("rung", ["eager", "fused", "captured"])
+def test_only_the_replays_with_a_bad_gradient_are_skipped(rung: str) -> None:
     config = config_of()
-    state, other = state_of(config), state_of(config)
+    state, other = state_of(config, rung), state_of(config)
     fault = Fault(state.model, float("inf"))
     weight = state.model.trunk.conv1.weight
     weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]

@@ -42,6 +42,9 @@ def _variants() -> list[tuple[str, build.Defines]]:
         "u8_to_input": {"OUT": floats},
         "bank_write": {"FEATURE": floats, "FEAT": floats},
         "drelu_add": {"VALUE": floats},
+        "bn_relu": {"VALUE": floats},
+        "bn_relu_sums": {"VALUE": floats},
+        "bn_relu_grad": {"VALUE": floats},
     }
     found = []
     for source, choices in macros.items():
@@ -51,13 +54,17 @@ def _variants() -> list[tuple[str, build.Defines]]:
 
 
 VARIANTS = _variants()
-ENTRIES = {"bank_write": ("bank_write", "bank_advance")}  # source -> entry points, where not the one of its name
+ENTRIES = {
+    "bank_write": ("bank_write", "bank_advance"),
+    "bn_relu_sums": ("bn_relu_sums", "bn_relu_fold"),
+}  # source -> entry points, where not the one of its name
 
 # ---- the host build ----------------------------------------------------------------------------------------------
 
 HARNESS = """
 #include <tuple>
 #include <utility>
+#include "bn_relu.cuh"
 #include "draws.cuh"
 #include "layout.cuh"
 
@@ -268,7 +275,40 @@ def _others() -> Iterator[Case]:
         yield Case("drelu_add_", (grad, other if second else None, out), shift=i % 5)
 
 
-CASES = [*_steps(), *_inputs(), *_starts(), *_others()]
+# Channels that are whole vectors and that are not, fewer rows than threads, none at all.
+NORMED = [(2, 16, 3, 5), (3, 5, 4, 4), (4, 64, 7, 7), (0, 8, 2, 2), (2, 24, 1, 3), (1, 4, 9, 9)]
+
+
+def whole(shape: tuple[int, ...], low: int, high: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Small whole numbers, whose products have sums that are exact in any order."""
+    return torch.randint(low, high, shape, generator=_generator(seed)).to(dtype)
+
+
+def _norms() -> Iterator[Case]:
+    def per_channel(shape: tuple[int, ...], seed: int) -> Tensor:
+        return torch.randn(shape[1], generator=_generator(seed))
+
+    for dtype, (i, shape), second in product(FLOATS, enumerate(NORMED), [True, False]):
+        x, other, grad, out = (_last(wild(shape, dtype, i + 20 * seed)) for seed in range(4))
+        mean, invstd, weight, bias = (per_channel(shape, i + seed) for seed in range(4))
+        yield Case("bn_relu", (x, other if second else None, mean, invstd.exp(), weight, bias), shift=i % 3)
+        dx, dother = torch.full_like(x, 7), torch.full_like(x, 8)
+        sums = torch.randn(2, shape[1], generator=_generator(i))
+        args = (dx, dother if second else None, grad, out, x, mean, invstd.exp(), weight, sums)
+        yield Case("bn_relu_grad_", args, shift=i % 3)
+        grad, out, x = (_last(whole(shape, -4, 5, dtype, i + 40 * seed)) for seed in range(3))
+        if second and x.numel():  # infinities and NaNs make a channel's sums what they make them in any order
+            grad[0, 0, 0, 0], x[0, 1, 0, 0], out[0, 0], out[0, 1] = float("inf"), float("nan"), 1, 1
+        yield Case("bn_relu_sums", (grad, out, x, whole(shape[1:2], -2, 3, torch.float32, i)), shift=i % 3)
+    # More rows than there are threads to share them.
+    shape = (1, 1, 520, 520)
+    x, one = _last(whole(shape, -4, 5, torch.bfloat16, 1)), torch.ones(1)
+    yield Case("bn_relu", (x, None, one, 2 * one, one, one))
+    yield Case("bn_relu_sums", (x, x, x, one))
+    yield Case("bn_relu_grad_", (x + 1, None, x, x, x, one, one, one, torch.tensor([[2.0**18], [0.5]])))
+
+
+CASES = [*_steps(), *_inputs(), *_starts(), *_others(), *_norms()]
 OPS = sorted({case.op for case in CASES})
 
 

@@ -207,6 +207,11 @@ NOT_TAKEN: list[tuple[str, tuple[Any, ...], str]] = [
     ("bank_write_", (*RING, torch.eye(2).t(), torch.arange(2)), "a tensor is strided"),
     ("drelu_add_", (X.double(), None, X.double()), "grad is torch.float64"),
     ("drelu_add_", (X, X.contiguous(), X), "the tensors' memory layouts differ"),
+    ("bn_relu", (X.double(), None, *[torch.ones(3).double()] * 4), "x is torch.float64"),
+    ("bn_relu", (X, X.contiguous(), *[torch.ones(3)] * 4), "other is not channels-last"),
+    ("bn_relu", (X, None, *[torch.ones(3)] * 3, torch.ones(6)[::2]), "bias is strided"),
+    ("bn_relu_sums", (X, X.contiguous(), X, torch.ones(3)), "out is not channels-last"),
+    ("bn_relu_grad_", (X, None, X.contiguous(), X, X, *[torch.ones(3)] * 3, torch.ones(2, 3)), "grad is not channels-"),
 ]
 
 

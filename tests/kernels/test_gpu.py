@@ -212,4 +212,4 @@ def test_the_kernel_takes_as_many_arguments_as_a_launch_has(gpu: torch.device, s
         for case in samples.all:
             if case.args[0].numel():
                 samples.run(case, gpu)
-    assert len(seen) == 9
+    assert len(seen) == 13
