@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fasttht.config import TrainConfig
+from fasttht.config_file import AnyConfig
 from fasttht.errors import UsageError
 from fasttht.models.clean_encoder import CleanEncoder, load_frozen
 from fasttht.models.two_head import TwoHead
@@ -25,7 +26,7 @@ from fasttht.traits import TRAITS
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def open_device(config: TrainConfig) -> torch.device:
+def open_device(config: AnyConfig) -> torch.device:
     """Return the device that the run asks for, and give torch the number of CPU threads that it asks for.
 
     Raises: UsageError if there is no such device, or if several processes were started.
@@ -46,7 +47,7 @@ def open_device(config: TrainConfig) -> torch.device:
     return device
 
 
-def amp_dtype_of(config: TrainConfig, device: torch.device) -> torch.dtype:
+def amp_dtype_of(config: AnyConfig, device: torch.device) -> torch.dtype:
     """Return the type of the forward and backward passes: as asked, else fp16 on CUDA and fp32 elsewhere."""
     name = config.optim.amp_dtype
     if name == "auto":
@@ -84,12 +85,13 @@ def build_clean_encoder(config: TrainConfig, model: TwoHead) -> CleanEncoder | N
     path = Path(config.method.clean_encoder)
     if not path.exists():
         raise UsageError(
-            f"--clean-encoder: expected `momentum`, a safetensors file or a run folder, got {path}: not there"
+            "--clean-encoder: expected `momentum`, a safetensors file, a MoCo v2 checkpoint or a run folder, "
+            f"got {path}: not there"
         )
-    return load_frozen(model, path)
+    return load_frozen(model, path, config.model.arch)
 
 
-def describe_loader(config: TrainConfig, splits: Splits, device: torch.device) -> str:
+def describe_loader(config: AnyConfig, splits: Splits, device: torch.device) -> str:
     """Return which decoder trains and why, and, if the file is larger than memory, how to read it."""
     name, reason = backends.choose(config.data.loader, device)
     text = f"loader {name}, {_workers(config)} threads: {reason}"
@@ -102,19 +104,20 @@ def describe_loader(config: TrainConfig, splits: Splits, device: torch.device) -
     return text
 
 
-def _workers(config: TrainConfig) -> int:
+def _workers(config: AnyConfig) -> int:
     return config.data.workers or len(os.sched_getaffinity(0))
 
 
 def build_loader(
-    config: TrainConfig,
+    config: AnyConfig,
     splits: Splits,
     device: torch.device,
     *,
     train: bool,
+    view: int = 0,
     report: Callable[[str], None] | None = None,
 ) -> Loader:
-    """Build the training or the evaluation loader.
+    """Build the training loader, or that of another view of the same images, or the evaluation loader.
 
     The evaluation's always decodes with turbo: published numbers must not depend on the decoder. `report` is told of
     every bad image that was replaced.
@@ -143,6 +146,7 @@ def build_loader(
         augment=Augment(scale=data.scale, ratio=data.ratio, hflip=data.hflip) if train else None,
         drop_last=train and optim.drop_last,
         crop_pct=data.crop_pct,
+        view=view,
         pages=samples.pages if paged and isinstance(samples, Paged) else None,
     )
     return Loader(

@@ -19,6 +19,7 @@ from fasttht.bench.commands import bench_app
 from fasttht.config import Many, Pixels, TrainConfig
 from fasttht.data_commands import data_app
 from fasttht.errors import FastthtError, UsageError
+from fasttht.pretrain_config import PretrainConfig, resolve_pretrain
 from fasttht.resolve import resolve
 
 app = App(
@@ -73,6 +74,54 @@ def train(*, preset: Preset = None, config_path: ConfigFile = None, config: Conf
     assert row is not None, "a run that was not stopped has a final row"
     log.scores(f"{row['images']} held-out images, {config_file.radius_text(chosen)}", row)
     log.say(f"run folder: {folder.path}")
+    return 0
+
+
+@app.command
+def pretrain(
+    *,
+    preset: Annotated[
+        str | None,
+        Parameter(
+            help=f"Named recipe to start from: {', '.join(config_file.preset_names(pretrain=True))}. "
+            "Default: pretrain on the embedded digits, none with --data."
+        ),
+    ] = None,
+    config_path: ConfigFile = None,
+    print_config: bool = False,
+    config: Annotated[PretrainConfig | None, Parameter(name="*")] = None,
+) -> int:
+    """Train a clean encoder with MoCo v2, without labels, for `train --clean-encoder RUN`.
+
+    The same command again resumes where it stopped, or prints the result of a finished run.
+
+    Parameters
+    ----------
+    print_config
+        Print the resolved configuration as TOML, and train nothing.
+    """
+    chosen = resolve_pretrain(config or PretrainConfig())
+    if print_config:
+        sys.stdout.write(config_file.to_toml(chosen))
+        return 0
+    if chosen.data.data is None and preset not in (None, config_file.PRETRAIN):
+        raise UsageError(f"--preset {preset}: expected --data beside it, got none; the embedded digits take pretrain")
+    from fasttht import log
+    from fasttht.pretrain import Pretrainer, default_output
+    from fasttht.run_folder import RunFolder
+
+    folder = RunFolder(chosen.run.output or default_output(chosen))
+    row = None
+    if folder.exists():
+        folder.check_same(chosen)
+        row = folder.final() if chosen.run.resume == "auto" else None
+    if row is None:
+        trainer = Pretrainer(chosen)
+        log.say(trainer.describe())
+        row = trainer.fit()
+    assert row is not None, "a run that was not stopped has a final row"
+    log.say(f"{chosen.evaluation.knn_k} nearest neighbours: {row['knn_top1']:.2f} % of {row['images']} held-out images")
+    log.say(f"next: fasttht train --clean-encoder {folder.path}")
     return 0
 
 
@@ -228,10 +277,11 @@ def layers(tokens: list[str]) -> list[Dict]:
     file = config_file.read_config_file(Path(path)) if path else {}
     if path:
         found.append(Dict(file, use_commands_as_keys=False, source=path))
+    pretrains = tokens[:1] == ["pretrain"]
     if preset is None and data is None and "data" not in file:
-        preset = config_file.QUICKSTART
+        preset = config_file.PRETRAIN if pretrains else config_file.QUICKSTART
     if preset is not None:
-        options = config_file.read_preset(preset)
+        options = config_file.read_preset(preset, pretrain=pretrains)
         found.append(Dict(options, use_commands_as_keys=False, source=f"preset {preset}"))
     return found
 
@@ -258,7 +308,7 @@ def run(tokens: list[str]) -> int:
     from fasttht.pipelines import DataError
 
     try:
-        app.config = layers(tokens) if tokens[:1] in (["train"], ["config"]) else []
+        app.config = layers(tokens) if tokens[:1] in (["train"], ["config"], ["pretrain"]) else []
         result = app(tokens, exit_on_error=False, print_error=False)
         return int(result or 0)
     except CycloptsError as error:

@@ -53,6 +53,10 @@ class DataConfig:
     "Range of the random crop's width over height."
     hflip: float = 0.5
     "Probability of a horizontal flip; 0 disables."
+    jitter: float = 0.0
+    "Brightness, contrast and saturation each change by a factor of 1 +- this, rounded to 8 bits; 0 disables."
+    lighting: float = 0.0
+    "Standard deviation of noise along the principal components of colour; 0 disables."
     crop_pct: float = 0.875
     "Share of the short side kept by the evaluation's centre crop."
     workers: int = 0

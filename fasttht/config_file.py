@@ -10,12 +10,19 @@ import tomllib
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fasttht.config import TrainConfig
 from fasttht.errors import UsageError
+from fasttht.pretrain_config import PretrainConfig
+
+AnyConfig = TrainConfig | PretrainConfig
+_Config = TypeVar("_Config", TrainConfig, PretrainConfig)
 
 QUICKSTART = "quickstart"
+
+# Presets of `fasttht pretrain` begin with this; the one of the embedded digits has nothing behind it.
+PRETRAIN = "pretrain"
 
 # Options that change where or how a run is computed, but not what is computed: a resume may change them.
 _NOT_IDENTITY = {
@@ -24,7 +31,7 @@ _NOT_IDENTITY = {
 }  # fmt: skip
 
 
-def flat(config: TrainConfig) -> dict[str, Any]:
+def flat(config: AnyConfig) -> dict[str, Any]:
     """Return every option by its name, without sections; paths become strings."""
     out: dict[str, Any] = {}
     for section in dataclasses.fields(config):
@@ -33,19 +40,19 @@ def flat(config: TrainConfig) -> dict[str, Any]:
     return out
 
 
-def identity(config: TrainConfig) -> dict[str, Any]:
+def identity(config: AnyConfig) -> dict[str, Any]:
     """Return the options that decide what a run computes: two runs with equal ones are the same run."""
     return json.loads(  # type: ignore[no-any-return]
         json.dumps({k: v for k, v in sorted(flat(config).items()) if k not in _NOT_IDENTITY})
     )
 
 
-def digest(config: TrainConfig) -> str:
+def digest(config: AnyConfig) -> str:
     """Return eight hex digits of the identity, the end of a run folder's default name."""
     return hashlib.sha256(json.dumps(identity(config)).encode()).hexdigest()[:8]
 
 
-def to_toml(config: TrainConfig) -> str:
+def to_toml(config: AnyConfig) -> str:
     """Return the configuration as a file that `--config` reads back to the same run."""
     lines = []
     for section in dataclasses.fields(config):
@@ -86,18 +93,19 @@ def _toml_value(key: str, value: Any) -> str:
     return json.dumps(str(value) if isinstance(value, Path) else value)
 
 
-def preset_names() -> list[str]:
-    """Return the names of the presets that come with the package."""
+def preset_names(*, pretrain: bool = False) -> list[str]:
+    """Return the names of the presets that come with the package, those of `train` or of `pretrain`."""
     files = resources.files("fasttht.presets").iterdir()
-    return sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml"))
+    names = sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml"))
+    return [name for name in names if name.startswith(PRETRAIN) == pretrain]
 
 
-def read_preset(name: str) -> dict[str, Any]:
-    """Return the options of a preset.
+def read_preset(name: str, *, pretrain: bool = False) -> dict[str, Any]:
+    """Return the options of a preset of `train` or of `pretrain`.
 
     Raises: UsageError with the known names, the nearest first.
     """
-    names = preset_names()
+    names = preset_names(pretrain=pretrain)
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
@@ -119,11 +127,27 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def from_flat(options: dict[str, Any], *, where: str) -> TrainConfig:
-    """Build a configuration from options by name, as `to_toml` writes them.
+    """Build a configuration of `train` from options by name, as `to_toml` writes them.
 
     Raises: UsageError naming an option that does not exist.
     """
-    config = TrainConfig()
+    return _fill(TrainConfig(), options, where)
+
+
+def stored(path: Path) -> AnyConfig:
+    """Read the configuration that a run wrote, of whichever command.
+
+    Raises: UsageError if it cannot be read or names an option that does not exist.
+    """
+    options = read_config_file(path)
+    # queue_size is an option of every pre-training, and of nothing else
+    if "queue_size" in options:
+        return _fill(PretrainConfig(), options, str(path))
+    return _fill(TrainConfig(), options, str(path))
+
+
+def _fill(config: _Config, options: dict[str, Any], where: str) -> _Config:
+    """Set options by name, in place."""
     left = dict(options)
     for section in dataclasses.fields(config):
         part = getattr(config, section.name)

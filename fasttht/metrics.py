@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fasttht.pipelines.loader import Loader
+
+class Waits(Protocol):
+    """A loader that knows how many seconds its consumer has waited for it."""
+
+    @property
+    def wait_s(self) -> float: ...
 
 
 class Meter:
@@ -74,7 +79,7 @@ def figures(row: dict[str, Any], timing: dict[str, float]) -> dict[str, str]:
 class Clock:
     """Images per second and the share of time spent waiting for data, since the last row."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Waits) -> None:
         self.loader = loader
         self.restart()
 

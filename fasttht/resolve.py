@@ -192,6 +192,7 @@ def check_ranges(config: TrainConfig) -> None:
         ("--checkpoint-interval", config.run.checkpoint_interval, 0), ("--max-bad-samples", data.max_bad_samples, 0),
         ("--num-negatives", method.num_negatives, 1), ("--trades-beta", method.trades_beta, 0),
         ("--lambda-kl", method.lambda_kl, 0), ("--lambda-alp", method.lambda_alp, 0),
+        ("--jitter", data.jitter, 0), ("--lighting", data.lighting, 0),
         ("--threads", config.run.threads, 0), ("--log-interval", config.run.log_interval, 1),
         ("--checkpoint-hist", config.run.checkpoint_hist, 1), ("--eval-steps", min(config.evaluation.eval_steps), 0),
     ]  # fmt: skip

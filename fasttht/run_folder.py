@@ -21,7 +21,7 @@ import torch
 
 import fasttht
 from fasttht.config import TrainConfig
-from fasttht.config_file import from_flat, identity, read_config_file, to_toml
+from fasttht.config_file import AnyConfig, identity, stored, to_toml
 from fasttht.errors import CheckpointError, UsageError
 
 METRICS, TIMING, CONFIG = "metrics.jsonl", "timing.jsonl", "config.toml"
@@ -38,22 +38,28 @@ class RunFolder:
         return (self.path / CONFIG).exists()
 
     def config(self) -> TrainConfig:
-        """Return the run's resolved configuration.
+        """Return the resolved configuration of a run of `fasttht train`.
 
-        Raises: CheckpointError if the folder holds no run.
+        Raises: CheckpointError if the folder holds no such run.
         """
         if not self.exists():
             raise CheckpointError(f"{self.path}: expected a run folder with {CONFIG}, got none")
-        return from_flat(read_config_file(self.path / CONFIG), where=str(self.path / CONFIG))
+        config = stored(self.path / CONFIG)
+        if not isinstance(config, TrainConfig):
+            raise CheckpointError(f"{self.path}: expected a run of `fasttht train`, got one of `fasttht pretrain`")
+        return config
 
-    def check_same(self, config: TrainConfig) -> None:
+    def check_same(self, config: AnyConfig) -> None:
         """Refuse to continue a run with other options.
 
         The data may have moved: that they are the same data is for their fingerprint to say, not their path.
 
         Raises: CheckpointError naming the options that differ, with both values.
         """
-        theirs, ours = identity(self.config()), identity(config)
+        there = stored(self.path / CONFIG)
+        if type(there) is not type(config):
+            raise CheckpointError(f"{self.path}: expected a run of this command, got one of another; give --output")
+        theirs, ours = identity(there), identity(config)
         differ = [
             f"{key} {theirs[key]} (now {ours[key]})" for key in ours if key != "data" and theirs[key] != ours[key]
         ]
@@ -98,7 +104,7 @@ class RunFolder:
                         path.rmdir()
             os.close(handle)
 
-    def create(self, config: TrainConfig, device: torch.device) -> None:
+    def create(self, config: AnyConfig, device: torch.device) -> None:
         """Write config.toml and env.json and empty the row files: a run without a checkpoint starts again.
 
         config.toml comes first: it is what makes the folder a run's, so a kill in here leaves one that starts again.

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+
+class LearningRate(Protocol):
+    """Any schedule: the () float64 rate of the next update, given the () count of those taken."""
+
+    def at(self, updates: Tensor) -> Tensor: ...
 
 
 class Schedule:
@@ -39,3 +48,19 @@ class Schedule:
         for milestone in self.milestones:
             drops = drops + (updates >= milestone)
         return lr * self.rate**drops
+
+
+class CosineSchedule:
+    """From `lr` to 0 along half a cosine, over `total` updates; counted as Schedule counts them.
+
+    MoCo moves along the same curve once per epoch; here every update has its own point of it.
+    """
+
+    def __init__(self, lr: float, *, total: int) -> None:
+        self.lr = lr
+        self.total = total
+
+    def at(self, updates: Tensor) -> Tensor:
+        """Return the () float64 learning rate of the next update, given the () count of those taken."""
+        share = (updates.to(torch.float64) / self.total).clamp(max=1)
+        return self.lr * 0.5 * (1 + torch.cos(math.pi * share))

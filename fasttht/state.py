@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasttht.attacks.engine import Engine, build_engine
 from fasttht.attacks.free import FreeDelta
@@ -15,7 +16,7 @@ from fasttht.config import TrainConfig
 from fasttht.metrics import Meter
 from fasttht.models.clean_encoder import CleanEncoder, lerp_
 from fasttht.models.two_head import CosineClassifier, TwoHead, decay_groups
-from fasttht.schedule import Schedule
+from fasttht.schedule import LearningRate, Schedule
 from fasttht.step_engine import build_step_engine
 from fasttht.traits import TRAITS
 
@@ -43,6 +44,71 @@ class GuardedSGD(torch.optim.SGD):
         """Take one step unless `found_inf` is 1. Called by GradScaler.step only."""
         self.last_found_inf.copy_(self.found_inf.reshape(()))
         super().step()
+
+
+def new_scaler(device: torch.device, amp_dtype: torch.dtype) -> torch.amp.GradScaler:
+    """Return a loss scaler whose tensors exist, so that they can be saved and loaded.
+
+    The scale starts at 1 where it is not needed for range: the scaler is then only the guard that keeps a non-finite
+    gradient from the weights.
+    """
+    scaler = torch.amp.GradScaler(
+        device.type,
+        init_scale=2.0**16 if amp_dtype == torch.float16 else 1.0,
+        growth_interval=2000 if amp_dtype == torch.float16 else 2**31 - 1,
+    )
+    scaler.scale(torch.zeros((), device=device))  # creates them
+    return scaler
+
+
+class Updated(Protocol):
+    """The parts of a state that an optimizer update needs."""
+
+    optimizer: GuardedSGD
+    scaler: torch.amp.GradScaler
+    lr: Tensor
+    updates: Tensor
+    meter: Meter
+
+    @property
+    def schedule(self) -> LearningRate: ...
+
+
+@torch.no_grad()
+def guarded_update_(state: Updated, model: nn.Module, trunk: nn.Module, before: list[Tensor]) -> Tensor:
+    """Apply the accumulated gradients of `model` unless one is not finite, without a host sync.
+
+    Mutates weights, momentum, scaler, learning rate and the update count; clears the gradients. A skipped update
+    brings the trunk's buffers back to `before`. Returns () float64, 1 if the update was taken, 0 if it was skipped:
+    rates that follow are multiplied by it, in float64 because 1 - m loses digits in float32.
+    """
+    state.lr.copy_(state.schedule.at(state.updates))
+    state.scaler.unscale_(state.optimizer)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    skipped = state.optimizer.last_found_inf
+    for buffer, kept in zip(trunk.buffers(), before, strict=True):
+        torch.where(skipped > 0, kept, buffer, out=buffer)
+    taken = 1 - skipped.double()
+    state.updates += taken.to(torch.int64)
+    state.meter.add(grad_norm=torch.where(skipped > 0, 0.0, norm), skipped=skipped, steps=1)
+    return taken
+
+
+def update_tensors(state: Updated, model: nn.Module) -> dict[str, Tensor]:
+    """Return, by name, what a checkpoint must hold of the update itself; the live tensors, not copies."""
+    training: dict[str, Tensor] = {"updates": state.updates, "meter": state.meter.sums}
+    for name, parameter in model.named_parameters():
+        if "momentum_buffer" in state.optimizer.state[parameter]:
+            training[f"momentum.{name}"] = state.optimizer.state[parameter]["momentum_buffer"]
+    # Not the scaler's state_dict(): that reads them to the host.
+    scale, growth = state.scaler._scale, state.scaler._growth_tracker
+    assert scale is not None, "new_scaler created the scaler's tensors"
+    assert growth is not None, "new_scaler created the scaler's tensors"
+    return training | {"scaler.scale": scale, "scaler.growth_tracker": growth}
 
 
 class TrainState:
@@ -78,14 +144,7 @@ class TrainState:
             nesterov=optim.nesterov,
             lr=self.lr,
         )
-        # The scale starts at 1 where it is not needed for range: the scaler is then only the guard that keeps a
-        # non-finite gradient from the weights.
-        self.scaler = torch.amp.GradScaler(
-            device.type,
-            init_scale=2.0**16 if amp_dtype == torch.float16 else 1.0,
-            growth_interval=2000 if amp_dtype == torch.float16 else 2**31 - 1,
-        )
-        self.scaler.scale(torch.zeros((), device=device))  # creates its tensors, so that they can be saved and loaded
+        self.scaler = new_scaler(device, amp_dtype)
         self.schedule = schedule
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
         # the method
@@ -124,15 +183,7 @@ class TrainState:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return every tensor a checkpoint holds, by file and name; they are the live ones, not copies."""
-        training: dict[str, Tensor] = {"updates": self.updates, "meter": self.meter.sums}
-        for name, parameter in self.model.named_parameters():
-            if "momentum_buffer" in self.optimizer.state[parameter]:
-                training[f"momentum.{name}"] = self.optimizer.state[parameter]["momentum_buffer"]
-        # Not the scaler's state_dict(): that reads them to the host.
-        scale, growth = self.scaler._scale, self.scaler._growth_tracker
-        assert scale is not None, "the scaler's tensors were created above"
-        assert growth is not None, "the scaler's tensors were created above"
-        training |= {"scaler.scale": scale, "scaler.growth_tracker": growth}
+        training = update_tensors(self, self.model)
         if self.bank is not None:
             training |= {f"bank.{name}": tensor for name, tensor in self.bank.state().items()}
         if self.delta is not None:
@@ -161,18 +212,7 @@ class TrainState:
         is not finite all of them but the scaler stay as they were, and f's BN statistics go back to `before`: an
         infinite activation would stay in them for good. Returns () float, 1 if the update was skipped.
         """
-        self.lr.copy_(self.schedule.at(self.updates))
-        self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        skipped = self.optimizer.last_found_inf
-        for buffer, kept in zip(self.model.trunk.buffers(), before, strict=True):
-            torch.where(skipped > 0, kept, buffer, out=buffer)
-        taken = 1 - skipped.double()  # the rates below in float64: 1 - m loses digits in float32
-        self.updates += taken.to(torch.int64)
+        taken = guarded_update_(self, self.model, self.model.trunk, before)
         if isinstance(self.model.classifier, CosineClassifier):
             self.model.classifier.clamp_scale_()
         if self.clean_encoder is not None and not self.clean_encoder.frozen:
@@ -183,8 +223,7 @@ class TrainState:
             count = self.updates.double()
             decay = ((1 + count) / (10 + count)).clamp(max=config.optim.model_ema_decay)
             _follow_all_(self.ema, self.model, (1 - decay) * taken)
-        self.meter.add(grad_norm=torch.where(skipped > 0, 0.0, norm), skipped=skipped, steps=1)
-        return skipped
+        return self.optimizer.last_found_inf
 
 
 def _follow_all_(ema: TwoHead, model: TwoHead, rate: Tensor) -> None:

@@ -10,6 +10,7 @@ if __name__ != "fasttht.kernels":
 from fasttht.kernels.batch_norm import bn_relu
 from fasttht.kernels.convs import conv_add_relu, conv_relu
 from fasttht.kernels.cuda import Implementation, implementation
+from fasttht.kernels.draws import draw_rows, draw_target, int64
 from fasttht.kernels.noise import draw_gaussian_start, draw_l2_start
 from fasttht.kernels.ops import (
     bank_write_,
@@ -32,11 +33,8 @@ from fasttht.kernels.reference import (
     STEM_CONV,
     Layout,
     clip_to_ball_,
-    draw_rows,
-    draw_target,
     image_grad,
     input_shape,
-    int64,
     model_input,
     per_channel,
     stem_weight,

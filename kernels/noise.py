@@ -1,6 +1,6 @@
 """Starting points that need normal deviates, in plain torch: uniform in an l2 ball, and TRADES' Gaussian cloud.
 
-Keyed like every draw (see `reference`); they share its stream of starts, because an attack has one start. A deviate
+Keyed like every draw (see `draws`); they share its stream of starts, because an attack has one start. A deviate
 is rounded to a multiple of 2**-16, which makes a row's squared norm an exact integer sum: the same bits however the
 batch is cut and in every memory format. Between devices the logarithm and the cosine are a library's, so there an
 element may, rarely, differ by that last step.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fasttht.kernels import checks
-from fasttht.kernels.reference import STREAM_START, _element, _moves, _shift_right, draw_bits, draw_uniform, row_keys
+from fasttht.kernels.draws import STREAM_START, _element, _moves, _shift_right, draw_bits, draw_uniform, row_keys
 
 _STEPS = 2.0**16  # to 1
 

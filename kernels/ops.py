@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttht.kernels import checks, launches, reference
-from fasttht.kernels.reference import Layout, input_shape, int64
+from fasttht.kernels import checks, draws, launches, reference
+from fasttht.kernels.draws import int64
+from fasttht.kernels.reference import Layout, input_shape
 from fasttht.kernels.registered import InPlaceOp, NewTensorOp
 
 # ---- signed steps ------------------------------------------------------------------------------------------------
@@ -186,8 +187,8 @@ def _start_op(name: str, number: str, run: Callable[..., Tensor]) -> NewTensorOp
     return NewTensorOp(name, schema.format(number), check, launches.draw_start, at, lambda x, *_: torch.empty_like(x))
 
 
-_start = _start_op("draw_start", "float", reference.draw_start)
-_lattice_start = _start_op("draw_lattice_start", "int", reference.draw_lattice_start)
+_start = _start_op("draw_start", "float", draws.draw_start)
+_lattice_start = _start_op("draw_lattice_start", "int", draws.draw_lattice_start)
 
 
 def draw_start(x: Tensor, index: Tensor, *, eps: float, clean_prob: float, seed: int, epoch: int, step: int) -> Tensor:

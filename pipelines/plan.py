@@ -1,7 +1,7 @@
 """Which sample, window and flip every step of an epoch sees: pure functions of (seed, epoch, index).
 
 No generator state anywhere, so an epoch can be entered at any step in O(1), and the same step shows the same
-crop whatever the decoder, the number of workers or the number of ranks. The hash is `kernels/reference.py`'s,
+crop whatever the decoder, the number of workers or the number of ranks. The hash is `kernels/draws.py`'s,
 stated in numpy because this package must not depend on that one.
 """
 
@@ -78,6 +78,8 @@ class EpochPlan:
     file order, every sample once, whole images, no flip; of each the centre is shown, `crop_pct` of its short side.
     Ranks take contiguous slices of each global batch, so the order does not depend on the world size.
 
+    view: which of several looks at the same images this is: another one has the same order, other windows and flips.
+
     pages: None, or the page of the file that each row lies in: the `paged` order, for files larger than memory. The
     pages are permuted, and rows only within `_PAGES_TOGETHER` pages at a time, so that a pass reads each page once.
 
@@ -93,6 +95,7 @@ class EpochPlan:
     crop_pct: float = 0.875
     rank: int = 0
     world: int = 1
+    view: int = 0
     pages: Index | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -148,14 +151,14 @@ class EpochPlan:
         """Return the crop of every sample as (top, left, height, width) rows, int64, inside the image."""
         if self.augment is None:
             return np.stack([0 * heights, 0 * widths, heights, widths], axis=1)
-        keys = hash_rows(STREAM_WINDOW, self.seed, self.epoch, 0, index)
+        keys = hash_rows(STREAM_WINDOW, self.seed, self.epoch, self.view, index)
         return _random_resized_windows(keys, heights, widths, self.augment)
 
     def flips(self, index: Index) -> npt.NDArray[np.bool_]:
         """Return which samples are mirrored left to right, (len(index),) bool."""
         if self.augment is None:
             return np.zeros(len(index), dtype=np.bool_)
-        keys = hash_rows(STREAM_FLIP, self.seed, self.epoch, 0, index)
+        keys = hash_rows(STREAM_FLIP, self.seed, self.epoch, self.view, index)
         return uniforms(keys, 1)[:, 0] < self.augment.hflip
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 
-from fasttht.kernels import reference
-from fasttht.kernels.reference import draw_rows, draw_start, draw_target
+from fasttht.kernels import draws
+from fasttht.kernels.draws import draw_rows, draw_start, draw_target
 from fasttht.pipelines import plan
 
 WORD = 2**64 - 1
@@ -58,7 +58,7 @@ def test_elements_are_the_published_outputs_of_splitmix64() -> None:
     published = [
         6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821,
     ]  # fmt: skip
-    bits = reference.draw_bits(torch.tensor([1234567]), torch.arange(5))
+    bits = draws.draw_bits(torch.tensor([1234567]), torch.arange(5))
     assert unsigned(bits) == published
     generator = SplitMix64(1234567)
     assert [generator.next() for _ in range(5)] == published
@@ -72,14 +72,14 @@ def test_numpy_and_torch_and_python_integers_hash_alike(
     counters = (stream, seed, epoch, step)
     keys = [python_key(*counters, i) for i in index]
     of_numpy = plan.hash_rows(*counters, np.array(index, dtype=np.int64))
-    of_torch = reference.row_keys(*counters, torch.tensor(index))
+    of_torch = draws.row_keys(*counters, torch.tensor(index))
     assert of_numpy.tolist() == keys
     assert unsigned(of_torch) == keys
     expected = []
     for key in keys:
         generator = SplitMix64(key)
         expected.append([(generator.next() >> 40) / 2**24 for _ in range(num_elements)])
-    uniforms = reference.draw_uniform(of_torch[:, None], torch.arange(num_elements))
+    uniforms = draws.draw_uniform(of_torch[:, None], torch.arange(num_elements))
     assert uniforms.dtype == torch.float32
     assert uniforms.tolist() == expected  # float32 to float is exact, so these are the bits
     assert plan.uniforms(of_numpy, num_elements).tolist() == expected
@@ -97,7 +97,7 @@ def test_every_counter_changes_the_key() -> None:
 
 
 def test_streams_of_all_purposes_differ() -> None:
-    streams = [getattr(module, name) for module in (plan, reference) for name in dir(module) if "STREAM_" in name]
+    streams = [getattr(module, name) for module in (plan, draws) for name in dir(module) if "STREAM_" in name]
     assert len(streams) == 9
     assert len(set(streams)) == 9
 
@@ -110,7 +110,7 @@ def test_start_is_the_image_plus_the_noise_of_its_row(
     """The same bits on every device and in both layouts: an odd shape against numpy."""
     eps, x = 16 / 255, images(3, 3, 17, 23, dtype=dtype)
     index = [5, 2**40, 0]
-    keys = plan.hash_rows(reference.STREAM_START, **COUNTERS, index=np.array(index))
+    keys = plan.hash_rows(draws.STREAM_START, **COUNTERS, index=np.array(index))
     noise = plan.uniforms(keys, 3 * 17 * 23).reshape(3, 3, 17, 23) * 2 - 1
     clean, radius = x.numpy(), np.array(eps).astype(x.numpy().dtype)
     low, high = np.maximum(clean - radius, 0), np.minimum(clean + radius, 1)
@@ -164,7 +164,7 @@ def test_noise_of_one_pixel_is_uniform_over_rows_and_steps() -> None:
     x = fixed(0.5, 20_000, 1)
     over_rows = draw_start(x, torch.arange(20_000), eps=0.5, clean_prob=0, **COUNTERS)[:, 0, 0, 0]
     assert stats.kstest(over_rows.numpy(), "uniform").pvalue > 1e-3
-    keys = [plan.hash_rows(reference.STREAM_START, 7, 3, step, np.zeros(1, np.int64)) for step in range(4000)]
+    keys = [plan.hash_rows(draws.STREAM_START, 7, 3, step, np.zeros(1, np.int64)) for step in range(4000)]
     assert stats.kstest(plan.uniforms(np.concatenate(keys), 1)[:, 0], "uniform").pvalue > 1e-3
 
 
@@ -172,12 +172,12 @@ def test_noise_of_one_pixel_is_uniform_over_rows_and_steps() -> None:
 def test_neighbouring_draws_are_uncorrelated(changed: str) -> None:
     """|r| of n independent pairs exceeds 4 / sqrt(n) in 6 of 100,000 cases."""
     num = 20_000
-    stream, index, element = reference.STREAM_START, torch.arange(num) * 2, torch.zeros(num, dtype=torch.int64)
-    one = reference.draw_uniform(reference.row_keys(stream, **COUNTERS, index=index), element)
+    stream, index, element = draws.STREAM_START, torch.arange(num) * 2, torch.zeros(num, dtype=torch.int64)
+    one = draws.draw_uniform(draws.row_keys(stream, **COUNTERS, index=index), element)
     other = {**COUNTERS, changed: COUNTERS[changed] + 1} if changed in COUNTERS else COUNTERS
-    stream = reference.STREAM_TARGET if changed == "stream" else stream
+    stream = draws.STREAM_TARGET if changed == "stream" else stream
     index, element = index + (changed == "index"), element + (changed == "element")
-    two = reference.draw_uniform(reference.row_keys(stream, **other, index=index), element)
+    two = draws.draw_uniform(draws.row_keys(stream, **other, index=index), element)
     assert abs(np.corrcoef(one.numpy(), two.numpy())[0, 1]) < 4 / num**0.5
 
 
@@ -205,7 +205,7 @@ def test_clean_start_probabilities_of_zero_and_one_are_exact() -> None:
     assert not any(clean_steps(0.0, 200, [0]))
     assert all(clean_steps(1.0, 200, [0]))
     # Exact to the last bit of the draw: at u itself the start is noise, so at 0 it always is.
-    u = plan.uniforms(plan.hash_rows(reference.STREAM_CLEAN_START, 1, 2, 0, np.zeros(1, np.int64)), 1).item()
+    u = plan.uniforms(plan.hash_rows(draws.STREAM_CLEAN_START, 1, 2, 0, np.zeros(1, np.int64)), 1).item()
     assert clean_steps(u, 1, [0]) == [False]
     assert clean_steps(u + 2**-24, 1, [0]) == [True]
 
@@ -237,8 +237,8 @@ def test_drawn_rows_are_the_scaled_bits_of_their_position(device: torch.device, 
     """Against numpy's wider integers; every row is in range, and a tensor counter draws as its number does."""
     step = torch.tensor(5, device=device)
     rows = draw_rows(num_rows, 300, seed=3, step=step)
-    keys = reference.row_keys(reference.STREAM_ROWS, 3, 0, 5, torch.arange(300))
-    bits = reference.draw_bits(keys, torch.zeros(300, dtype=torch.int64)).numpy().view(np.uint64)
+    keys = draws.row_keys(draws.STREAM_ROWS, 3, 0, 5, torch.arange(300))
+    bits = draws.draw_bits(keys, torch.zeros(300, dtype=torch.int64)).numpy().view(np.uint64)
     assert rows.tolist() == [(int(word) >> 32) * num_rows >> 32 for word in bits]
     assert max(rows.tolist()) < num_rows
     assert torch.equal(rows, draw_rows(num_rows, 300, seed=torch.tensor(3, device=device), step=step))

@@ -30,6 +30,8 @@ def parses(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         return
     if name == "train":
         assert cli.run(["config", *rest]) == 0, capsys.readouterr().err
+    elif name == "pretrain":
+        assert cli.run([*words, "--print-config"]) == 0, capsys.readouterr().err
     elif name in ("config", "doctor"):
         assert cli.run(words) == 0
     else:
@@ -56,7 +58,7 @@ def test_every_command_parses(
 
 def test_every_flag_and_file_that_is_named_exists(capsys: pytest.CaptureFixture[str]) -> None:
     helps = ""
-    for words in (["train"], ["eval"], ["data", "write"], ["bench", "load"]):
+    for words in (["train"], ["pretrain"], ["eval"], ["data", "write"], ["bench", "load"]):
         assert cli.run([*words, "--help"]) == 0
         helps += capsys.readouterr().out
     flags = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README)) - {"--help"}

@@ -15,7 +15,34 @@ from torch import Tensor, nn
 from fasttht.checkpoint import read_encoder
 from fasttht.errors import CheckpointError
 from fasttht.models.denoise import has_denoising, remove_denoising_
+from fasttht.models.mixture_bn import norms
+from fasttht.models.moco_checkpoint import is_torch_file, read_moco
+from fasttht.models.resnet import BasicBlock, Bottleneck, ResNet, Stem
 from fasttht.models.two_head import FeatureHead, Normalize, TwoHead
+
+
+class Encoder(nn.Module):
+    """A trunk and a feature head without a classifier: what contrastive pre-training trains to become g.
+
+    Unlike f's, its blocks do not start as the identity: MoCo starts from torchvision's plain initial weights.
+
+    Shapes: x (B, 3, H, W) float in [0, 1]; returns (B, feat_dim), float32 or wider, unit norm.
+    """
+
+    def __init__(self, arch: str, *, stem: Stem = "imagenet", width: int = 64, feat_dim: int = 128) -> None:
+        super().__init__()
+        self.normalize = Normalize()
+        self.trunk = ResNet(arch, stem=stem, width=width)
+        for block in self.trunk.modules():
+            if isinstance(block, Bottleneck | BasicBlock):
+                for norm in norms(block.bn3 if isinstance(block, Bottleneck) else block.bn2):
+                    nn.init.ones_(norm.weight)
+        self.feature_head: FeatureHead | None = FeatureHead(self.trunk.num_features, feat_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.feature_head is not None, "an encoder is built with its feature head"
+        feat: Tensor = self.feature_head(self.trunk(self.normalize(x)))
+        return feat
 
 
 class CleanEncoder(nn.Module):
@@ -24,7 +51,7 @@ class CleanEncoder(nn.Module):
     Shapes: x (B, 3, H, W); returns feat_clean (B, D), float32 or wider, unit norm.
     """
 
-    def __init__(self, model: TwoHead, *, frozen: bool) -> None:
+    def __init__(self, model: TwoHead | Encoder, *, frozen: bool) -> None:
         super().__init__()
         if model.feature_head is None:
             raise ValueError("clean encoder: expected a model with a feature head, got one without")
@@ -41,7 +68,7 @@ class CleanEncoder(nn.Module):
         return feat
 
     @torch.no_grad()
-    def follow_(self, model: TwoHead, rate: Tensor) -> None:
+    def follow_(self, model: TwoHead | Encoder, rate: Tensor) -> None:
         """Move every parameter by `rate` = 1 - m towards f's, in place; BN buffers are g's own.
 
         rate is a () tensor, so that a skipped optimizer step can pass 0 without a host sync.
@@ -61,29 +88,34 @@ def lerp_(targets: list[Tensor], sources: list[Tensor], rate: Tensor) -> None:
     torch._foreach_add_(targets, gaps)
 
 
-def load_frozen(model: TwoHead, path: Path) -> CleanEncoder:
+def load_frozen(model: TwoHead | Encoder, path: Path, arch: str | None = None) -> CleanEncoder:
     """Build a frozen g of f's architecture with weights from `path`.
 
-    `path` is a safetensors file with `trunk.*` and `feature_head.*` keys, or a run folder: then its momentum
-    clean encoder if it has one, else its robust encoder.
+    `path` is a safetensors file with `trunk.*` and `feature_head.*` keys; or a published MoCo v2 checkpoint (see
+    moco_checkpoint; `arch` is then compared with the file's own); or a run folder: then its clean encoder if it has one
+    (pre-training's result, or the momentum encoder), else its robust encoder. What a file is, its first bytes say.
 
     Raises: CheckpointError naming the first key that is missing or of another shape.
     """
-    tensors = read_encoder(path)
     encoder = CleanEncoder(model, frozen=True)
+    published = path.is_file() and is_torch_file(path)
+    tensors = {} if published else read_encoder(path)
     if has_denoising(encoder) and not any(name.endswith(".theta.weight") for name in tensors):
         remove_denoising_(encoder)  # weights of a plain network beside a denoising f
-    for name, own in encoder.state_dict().items():
+    own = encoder.state_dict()
+    if published:
+        tensors = read_moco(path, own, arch)
+    for name, tensor in own.items():
         found = tensors.get(name)
         if found is None:
             raise CheckpointError(
-                f"{path}: expected {name} of shape {tuple(own.shape)}, got no such tensor; "
+                f"{path}: expected {name} of shape {tuple(tensor.shape)}, got no such tensor; "
                 "is it a clean encoder of the same --arch, --stem and --width, with a feature head?"
             )
-        if found.shape != own.shape:
+        if found.shape != tensor.shape:
             raise CheckpointError(
-                f"{path}: expected {name} of shape {tuple(own.shape)}, got {tuple(found.shape)}; "
+                f"{path}: expected {name} of shape {tuple(tensor.shape)}, got {tuple(found.shape)}; "
                 "the clean encoder needs the same --arch, --stem and --width"
             )
-        own.copy_(found)
+        tensor.copy_(found)
     return encoder

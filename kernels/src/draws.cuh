@@ -1,4 +1,4 @@
-// The counter-based draws of kernels/reference.py: SplitMix64 outputs from a hashed key per row.
+// The counter-based draws of kernels/draws.py: SplitMix64 outputs from a hashed key per row.
 #pragma once
 #include "common.cuh"
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasttht.kernels import build, cuda, reference
+from fasttht.kernels import build, cuda, draws
 from fasttht.kernels.launches import Launch
 from fasttht.kernels.reference import input_shape
 
@@ -241,8 +241,8 @@ def _starts() -> Iterator[Case]:
         yield Case(op, (x, index, counters, eps, clean, 0, 0, 0), shift=i % 2)
         yield Case(op, (x, index, None, eps, clean, 2**63 - 1, -5, i))
     # To the last bit of the coin: at the draw itself the batch moves, one step above it does not.
-    key = reference.row_keys(reference.STREAM_CLEAN_START, 1, 2, 3, torch.zeros(1, dtype=torch.int64))
-    coin = reference.draw_uniform(key, torch.zeros(1, dtype=torch.int64)).item()
+    key = draws.row_keys(draws.STREAM_CLEAN_START, 1, 2, 3, torch.zeros(1, dtype=torch.int64))
+    coin = draws.draw_uniform(key, torch.zeros(1, dtype=torch.int64)).item()
     for clean in (coin, coin + 2**-24):
         yield Case("draw_start", (torch.full((1, 3, 2, 2), 0.5), torch.tensor([7]), None, 0.1, clean, 1, 2, 3))
 

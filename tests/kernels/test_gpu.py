@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fasttht import kernels
-from fasttht.kernels import cuda, reference
+from fasttht.kernels import cuda, draws, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -51,7 +51,7 @@ def test_a_real_batch_goes_through_every_op_of_an_attack(gpu: torch.device) -> N
     x = images(CPU, rows=64, side=224)
     index = torch.arange(64) * 7
     key: dict[str, Any] = {"eps": 16 / 255, "clean_prob": 0.0, "seed": 1, "epoch": 2, "step": 3}
-    expected = reference.draw_start(x, index, **key)
+    expected = draws.draw_start(x, index, **key)
     x_gpu = x.to(gpu)
     state = kernels.draw_start(x_gpu, index.to(gpu), **key)
     assert torch.equal(state.cpu(), expected)
@@ -180,7 +180,7 @@ def test_a_captured_attack_step_draws_and_steps_anew_at_each_replay(gpu: torch.d
         counters.copy_(torch.tensor([5, epoch, 7]))
         graph.replay()
         seen.append(state.cpu())
-        expected = reference.draw_start(x.cpu(), index.cpu(), eps=0.1, clean_prob=0.0, seed=5, epoch=epoch, step=7)
+        expected = draws.draw_start(x.cpu(), index.cpu(), eps=0.1, clean_prob=0.0, seed=5, epoch=epoch, step=7)
         expected_out = torch.empty_like(grad, device="cpu")
         host_grad = grad.cpu()
         reference.pgd_linf_step_input_(expected, expected_out, host_grad, x.cpu(), eps=0.1, alpha=0.02, **LAID)

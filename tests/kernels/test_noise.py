@@ -9,7 +9,7 @@ import torch
 from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 
-from fasttht.kernels import draw_gaussian_start, draw_l2_start, noise, reference
+from fasttht.kernels import draw_gaussian_start, draw_l2_start, draws, noise
 
 WORD = 2**64 - 1
 COUNTERS: dict[str, int] = {"seed": 7, "epoch": 3, "step": 11}
@@ -24,9 +24,9 @@ def radii(num: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def test_a_deviate_is_box_and_mullers_of_the_two_halves_of_a_word() -> None:
-    keys = reference.row_keys(reference.STREAM_START, **COUNTERS, index=torch.arange(20))[:, None]
+    keys = draws.row_keys(draws.STREAM_START, **COUNTERS, index=torch.arange(20))[:, None]
     element = torch.arange(30)
-    words = reference.draw_bits(keys, element).flatten().tolist()
+    words = draws.draw_bits(keys, element).flatten().tolist()
     expected = []
     for word in words:
         high, low = (word & WORD) >> 32, word & 0xFFFFFFFF
@@ -38,7 +38,7 @@ def test_a_deviate_is_box_and_mullers_of_the_two_halves_of_a_word() -> None:
 
 
 def test_deviates_are_normal() -> None:
-    keys = reference.row_keys(reference.STREAM_START, **COUNTERS, index=torch.arange(400))[:, None]
+    keys = draws.row_keys(draws.STREAM_START, **COUNTERS, index=torch.arange(400))[:, None]
     found = noise.draw_normal(keys, torch.arange(200)).double()
     assert stats.kstest(found.flatten().numpy(), "norm").pvalue > 1e-3
     # Neighbours share nothing: rows and columns of a table of independent normals are uncorrelated.
@@ -101,7 +101,7 @@ def test_starts_are_the_same_bits_however_the_batch_is_cut_or_laid_out(name: str
 
 def test_gaussian_starts_are_the_image_plus_deviates() -> None:
     x, index = images(4), torch.tensor([3, 2**40, 0, 8])
-    keys = reference.row_keys(reference.STREAM_START, **COUNTERS, index=index)[:, None]
+    keys = draws.row_keys(draws.STREAM_START, **COUNTERS, index=index)[:, None]
     normal = noise.draw_normal(keys, torch.arange(75)).view(4, 3, 5, 5)
     found = draw_gaussian_start(x, index, std=0.25, clean_prob=0.0, **COUNTERS)
     assert torch.equal(found, x + normal * 0.25)

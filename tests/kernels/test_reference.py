@@ -10,7 +10,7 @@ from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasttht.kernels import reference
+from fasttht.kernels import draws, reference
 from fasttht.kernels.reference import STEM_CONV, Layout
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -106,7 +106,7 @@ def test_lattice_steps_are_the_float_ones_rounded(data: st.DataObject) -> None:
     alpha = data.draw(st.integers(-255, 255), "alpha")
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), "values"))
     x = torch.randint(256, (2, 3, 5, 5), generator=generator).to(torch.uint8)
-    state = reference.draw_lattice_start(x, torch.tensor([1, 2]), eps=eps, clean_prob=0, **COUNTERS)
+    state = draws.draw_lattice_start(x, torch.tensor([1, 2]), eps=eps, clean_prob=0, **COUNTERS)
     unit, unit_x = reference.u8_to_input(state, torch.float64), reference.u8_to_input(x, torch.float64)
     for _ in range(10):
         grad = torch.randn(x.shape, generator=generator)
@@ -119,7 +119,7 @@ def test_lattice_steps_are_the_float_ones_rounded(data: st.DataObject) -> None:
 
 def test_lattice_start_is_uniform_over_the_offsets() -> None:
     x = torch.full((40, 3, 16, 16), 128, dtype=torch.uint8)
-    start = reference.draw_lattice_start(x, torch.arange(40), eps=4, clean_prob=0, **COUNTERS)
+    start = draws.draw_lattice_start(x, torch.arange(40), eps=4, clean_prob=0, **COUNTERS)
     offset = start.int() - 128
     assert (int(offset.min()), int(offset.max())) == (-4, 4)
     assert stats.chisquare(torch.bincount((offset + 4).flatten(), minlength=9).numpy()).pvalue > 1e-3
@@ -129,11 +129,11 @@ def test_lattice_start_is_uniform_over_the_offsets() -> None:
 def test_lattice_start_reads_the_top_half_of_the_published_bits() -> None:
     """By Python integers: bits >> 32, times 2 eps + 1, the upper word."""
     x, index, eps = torch.full((3, 3, 2, 5), 100, dtype=torch.uint8), torch.tensor([5, 2**40, -1]), 16
-    keys = reference.row_keys(reference.STREAM_START, **COUNTERS, index=index)
-    bits = reference.draw_bits(keys[:, None], torch.arange(30))
+    keys = draws.row_keys(draws.STREAM_START, **COUNTERS, index=index)
+    bits = draws.draw_bits(keys[:, None], torch.arange(30))
     expected = [[100 + (((word % 2**64) >> 32) * 33 >> 32) - 16 for word in row] for row in bits.tolist()]
     for form in (torch.contiguous_format, torch.channels_last):
-        start = reference.draw_lattice_start(x.contiguous(memory_format=form), index, eps=eps, clean_prob=0, **COUNTERS)
+        start = draws.draw_lattice_start(x.contiguous(memory_format=form), index, eps=eps, clean_prob=0, **COUNTERS)
         assert start.dtype == torch.uint8
         assert start.reshape(3, 30).tolist() == expected
 
@@ -143,20 +143,18 @@ def test_lattice_start_is_clipped_and_moves_as_a_batch_or_not_at_all() -> None:
     arguments: dict[str, Any] = {"eps": 200, "seed": 1, "epoch": 2}
     shares = []
     for step in range(100):
-        start = reference.draw_lattice_start(ends, torch.tensor([3, 4]), clean_prob=0.3, step=step, **arguments)
+        start = draws.draw_lattice_start(ends, torch.tensor([3, 4]), clean_prob=0.3, step=step, **arguments)
         moved = (start != ends).flatten(1).any(dim=1).tolist()
         assert moved in ([True, True], [False, False])
-        unit = reference.draw_start(
-            ends / 255, torch.tensor([3, 4]), eps=0.5, clean_prob=0.3, step=step, seed=1, epoch=2
-        )
+        unit = draws.draw_start(ends / 255, torch.tensor([3, 4]), eps=0.5, clean_prob=0.3, step=step, seed=1, epoch=2)
         assert moved[0] == (not torch.equal(unit, ends / 255))  # the same coin as the continuous start's
         shares.append(moved[0])
     assert 50 < sum(shares) < 90
 
 
-@pytest.mark.parametrize("draw", [reference.draw_start, reference.draw_lattice_start])
+@pytest.mark.parametrize("draw", [draws.draw_start, draws.draw_lattice_start])
 def test_counters_in_a_tensor_draw_as_integers_do(draw: Any) -> None:
-    lattice = draw is reference.draw_lattice_start
+    lattice = draw is draws.draw_lattice_start
     x = torch.full((2, 3, 4, 4), 128, dtype=torch.uint8) if lattice else torch.full((2, 3, 4, 4), 0.5)
     eps = 16 if lattice else 0.1
     for seed, epoch, step in [(0, 0, 0), (2**63 - 1, 5, 2**40), (-(2**63), -1, 3)]:
@@ -166,8 +164,8 @@ def test_counters_in_a_tensor_draw_as_integers_do(draw: Any) -> None:
         one = draw(x, index, **options, seed=key[0], epoch=key[1], step=key[2])
         assert torch.equal(one, draw(x, index, **options, seed=seed, epoch=epoch, step=step))
     y = torch.tensor([0, 3])
-    targets = reference.draw_target(y, index, 10, seed=key[0], epoch=key[1], step=key[2])
-    assert torch.equal(targets, reference.draw_target(y, index, 10, seed=seed, epoch=epoch, step=step))
+    targets = draws.draw_target(y, index, 10, seed=key[0], epoch=key[1], step=key[2])
+    assert torch.equal(targets, draws.draw_target(y, index, 10, seed=seed, epoch=epoch, step=step))
 
 
 # ---- the fused backward ------------------------------------------------------------------------------------------
