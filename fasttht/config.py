@@ -35,6 +35,9 @@ Many = Parameter(consume_multiple=True, negative="")
 Pair = Parameter(negative="")
 
 
+StepEngineName = Literal["auto", "eager", "compiled", "fused", "captured"]
+
+
 def _section(title: str, order: int) -> Parameter:
     return Parameter(name="*", group=Group(title, sort_key=order))
 
@@ -194,7 +197,7 @@ class OptimConfig:
     "Label smoothing of the training loss, never of the attack; 0 disables."
     amp_dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     "Type of the forward and backward passes; auto: fp16 on CUDA, fp32 on CPU. Evaluation is always fp32."
-    step_engine: Literal["auto", "eager", "compiled", "fused", "captured"] = "auto"
+    step_engine: StepEngineName = "auto"
     "How the training forward, backward and update are computed; all equal but for rounding, see step_engine.py."
     model_ema: bool = False
     "Keep an exponential moving average of the weights, and evaluate that."

@@ -16,6 +16,7 @@ from fasttht.config import TrainConfig
 from fasttht.metrics import Meter
 from fasttht.models.clean_encoder import CleanEncoder, lerp_
 from fasttht.models.two_head import CosineClassifier, TwoHead, decay_groups
+from fasttht.regions import region
 from fasttht.schedule import LearningRate, Schedule
 from fasttht.step_engine import build_step_engine
 from fasttht.traits import TRAITS
@@ -173,6 +174,7 @@ class TrainState:
         with self.autocast():
             return self.model.logits(x)
 
+    @region("clean_encoder")
     def clean_features(self, x: Tensor) -> Tensor | None:
         """Return g(x), (B, D) of unit norm without gradient, or None if there is no clean encoder."""
         if self.clean_encoder is None:
@@ -195,6 +197,7 @@ class TrainState:
             files["clean_encoder"] = dict(self.clean_encoder.state_dict())
         return files
 
+    @region("optimizer")
     def statistics(self) -> list[Tensor]:
         """Return copies of f's BN statistics, to be handed to `update_` after the forward that changes them."""
         return [buffer.clone() for buffer in self.model.trunk.buffers()]
@@ -204,6 +207,7 @@ class TrainState:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler._per_optimizer_states.clear()
 
+    @region("optimizer")
     @torch.no_grad()
     def update_(self, config: TrainConfig, before: list[Tensor]) -> Tensor:
         """Apply the accumulated gradients and everything that follows an update, without a host sync.

@@ -19,6 +19,7 @@ from fasttht.attacks.threat import Threat
 from fasttht.config import TrainConfig
 from fasttht.objectives import Views
 from fasttht.pipelines.loader import Batch
+from fasttht.regions import region
 from fasttht.state import TrainState
 from fasttht.step_engine import Inputs
 from fasttht.traits import TRAITS
@@ -47,7 +48,8 @@ def standard_step(state: TrainState, config: TrainConfig, batch: Batch, draw: Dr
     Mutates the state and nothing else; one backward per micro-batch.
     """
     if state.engine is not None:
-        state.engine.refresh_()
+        with region("attack_refresh"):
+            state.engine.refresh_()
     parts = list(_parts(len(batch.index), config.optim.grad_accum_steps))
     features: list[Tensor | None] = []
 
@@ -60,7 +62,8 @@ def standard_step(state: TrainState, config: TrainConfig, batch: Batch, draw: Dr
     if len(parts) == 1:
         ((views, _),) = attacked()
         inputs = {name: tensor for name, tensor in vars(views).items() if tensor is not None}
-        state.step_engine.run(partial(_update_on_whole, state, config), inputs)
+        with region("train_step"):
+            state.step_engine.run(partial(_update_on_whole, state, config), inputs)
     else:
         _update_on(state, config, attacked())
     _enqueue(state, features, batch.index)
@@ -78,7 +81,8 @@ def free_step(state: TrainState, config: TrainConfig, batch: Batch) -> None:
     present = [feat for feat in features if feat is not None]
     if present:
         inputs["feat_clean"] = torch.cat(present)
-    state.step_engine.run(partial(_replay, state, config), inputs, times=config.attack.replay)
+    with region("train_step"):
+        state.step_engine.run(partial(_replay, state, config), inputs, times=config.attack.replay)
     _enqueue(state, features, batch.index)
 
 
@@ -99,10 +103,11 @@ def _attacked(
     if state.engine is not None:
         subject = batch.x[rows] if config.attack.attack_start == "lattice" else x
         ascends_kl = TRAITS[config.method.objective].attack.loss == "kl"
-        found = state.engine.attack(
-            subject, y, index, train_threat(config), draw, num_classes=num_classes,
-            soft_target=state.engine.probabilities(x) if ascends_kl else None,
-        )  # fmt: skip
+        with region("attack"):
+            found = state.engine.attack(
+                subject, y, index, train_threat(config), draw, num_classes=num_classes,
+                soft_target=state.engine.probabilities(x) if ascends_kl else None,
+            )  # fmt: skip
         x_adv = found.x_adv.to(state.dtype)
         state.meter.add(zero_grad=found.zero_grad * share, nan_grad=found.nan_grad * share)
     return Views(x, x_adv, y, index, feat_clean)
@@ -143,10 +148,11 @@ def _replay(state: TrainState, config: TrainConfig, inputs: Inputs) -> None:
 
 def _backward(state: TrainState, views: Views, share: float) -> None:
     """Run the objective and accumulate its gradients, weighted by the part's share of the global batch."""
-    with state.autocast():
+    with region("train_forward"), state.autocast():
         terms = state.step_engine.loss(views)
     scaled: Tensor = state.scaler.scale(terms.loss * share)
-    torch.autograd.backward(scaled)
+    with region("train_backward"):
+        torch.autograd.backward(scaled)
     images = len(views.y)
     state.meter.add(
         loss=terms.loss.detach() * images,
@@ -156,6 +162,7 @@ def _backward(state: TrainState, views: Views, share: float) -> None:
     )
 
 
+@region("bank")
 def _enqueue(state: TrainState, features: list[Tensor | None], index: Tensor) -> None:
     if state.bank is not None:
         state.bank.enqueue(torch.cat([feat for feat in features if feat is not None]), index)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fasttht import kernels
+from fasttht.regions import region
 
 
 class FreeDelta:
@@ -24,6 +25,7 @@ class FreeDelta:
         """Return a copy of some rows that collects a gradient."""
         return self.value[rows].clone(memory_format=torch.channels_last).requires_grad_(True)
 
+    @region("attack_update")
     def step_(self, rows: slice, grad: Tensor, skip: Tensor, *, eps: float, alpha: float) -> None:
         """Ascend some rows along their gradient and clip to +-eps, in place; skip is () and 1 leaves them."""
         kernels.free_delta_step_(self.value[rows], grad, skip, eps=eps, alpha=alpha)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fasttht import kernels
 from fasttht.attacks.folded import FoldedBlock, FoldedConv, FoldedNet
+from fasttht.regions import region
 
 # glibc gives memory in larger pieces than this back to the kernel at once, and the next such piece is all page faults.
 # That limit is 32 MiB; with half of it the heap is seldom trimmed either, also when other work runs in between.
@@ -65,13 +66,15 @@ class FusedGradient:
         grad = self._head_gradient(h, y)
         while kept:
             grad = _block_gradient(*kept.pop(), grad)
-        if places is not None:
-            grad = torch.ops.aten.max_pool2d_with_indices_backward(
-                grad, first, [3, 3], [2, 2], [1, 1], [1, 1], False, places
-            )
-        grad, _ = stem.input_gradient(grad.to(pixels.dtype), pixels)
+        with region("attack_backward"):
+            if places is not None:
+                grad = torch.ops.aten.max_pool2d_with_indices_backward(
+                    grad, first, [3, 3], [2, 2], [1, 1], [1, 1], False, places
+                )
+            grad, _ = stem.input_gradient(grad.to(pixels.dtype), pixels)
         return grad
 
+    @region("attack_backward")
     def _head_gradient(self, h: Tensor, y: Tensor) -> Tensor:
         """Return the loss's gradient with respect to the sum that the last ReLU was applied to."""
         pooled = h.mean(dim=(2, 3)).requires_grad_(True)
@@ -99,6 +102,7 @@ def _images_at_once(net: FoldedNet, pixels: Tensor, layout: kernels.Layout) -> i
     return max(1, int(_LARGEST_BYTES / size))
 
 
+@region("attack_backward")
 def _block_gradient(block: FoldedBlock, inputs: list[Tensor], grad: Tensor) -> Tensor:
     """Return the gradient before the ReLU below a block, whose output is the block's input; grad may be overwritten.
 

@@ -17,6 +17,7 @@ from fasttht.attacks import l2
 from fasttht.attacks.pgd import Attacked, health
 from fasttht.attacks.starts import draw_start, goal, levels
 from fasttht.attacks.threat import Threat
+from fasttht.regions import region
 
 
 class LaidOut(Protocol):
@@ -65,8 +66,9 @@ def attack_laid_out(
         step = _step(network, threat, x, state, pixels, layout)
     zero_grad = nan_grad = torch.zeros((), device=x.device)
     for i in range(threat.steps):
-        grad = network.gradient(pixels, wanted, layout)
-        with torch.no_grad():
+        with region("attack_gradient"):
+            grad = network.gradient(pixels, wanted, layout)
+        with torch.no_grad(), region("attack_update"):
             if i == threat.steps - 1:
                 zero_grad, nan_grad = health(kernels.image_grad(grad, layout))
             step(grad.contiguous(memory_format=torch.channels_last))

@@ -18,6 +18,7 @@ from fasttht import kernels
 from fasttht.attacks import l2
 from fasttht.attacks.starts import draw_start, goal, levels
 from fasttht.attacks.threat import Threat
+from fasttht.regions import region
 
 # The loss is multiplied by this power of two where activations are float16: with the sum (not the mean) over the
 # batch it keeps input gradients above float16's smallest subnormal, below which sign(0) = 0 stops the attack
@@ -87,8 +88,10 @@ def input_gradient(logits: Callable[[Tensor], Tensor], loss_scale: float = 1.0) 
     def gradient(x: Tensor, y: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_(True)
-            loss = F.cross_entropy(logits(leaf), y, reduction="sum") * loss_scale
-            (found,) = torch.autograd.grad(loss, leaf)
+            with region("attack_forward"):
+                loss = F.cross_entropy(logits(leaf), y, reduction="sum") * loss_scale
+            with region("attack_backward"):
+                (found,) = torch.autograd.grad(loss, leaf)
         return found
 
     return gradient
@@ -172,10 +175,11 @@ def _run(
     """Take steps; return the shares of zero and of NaN elements in the last gradient."""
     zero_grad = nan_grad = torch.zeros((), device=device)
     for i in range(steps):
-        grad = gradient()
+        with region("attack_gradient"):
+            grad = gradient()
         if i == steps - 1:
             zero_grad, nan_grad = health(grad)
-        with torch.no_grad():
+        with torch.no_grad(), region("attack_update"):
             step(grad)
     return zero_grad, nan_grad
 

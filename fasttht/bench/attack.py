@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,84 +14,108 @@ from torch.nn import functional as F
 
 from fasttht import kernels
 from fasttht.attacks.engine import EagerEngine, Engine, FoldedEngine
-from fasttht.attacks.pgd import FP16_LOSS_SCALE, pgd_linf
+from fasttht.attacks.graph import CudaRecorder
+from fasttht.attacks.pgd import FP16_LOSS_SCALE, Draw
 from fasttht.attacks.threat import Threat
-from fasttht.bench.env import environment, package_version
+from fasttht.bench.attack_peers import PEERS, Logits, peer, peer_version
+from fasttht.bench.calls import Calls, count_calls, peak_memory_gib
+from fasttht.bench.env import environment
 from fasttht.bench.jobs import Job, summarise_jobs, time_jobs
+from fasttht.bench.ladder import ENGINE_RUNGS, count_rung, has_byte_model, predicted_bytes
+from fasttht.bench.trace import write_trace
 from fasttht.bench.windows import Progress
 from fasttht.models.two_head import TwoHead
 
-ENGINES = ("backward", "eager", "folded", "compiled", "fused")
-PEERS = ("torchattacks", "foolbox")
+ENGINES = tuple(ENGINE_RUNGS)
 _EPS, _ALPHA = 4 / 255, 1 / 255
+_NUM_CLASSES = 1000
+# Images of a batch where nothing else is asked for: what a small machine can wait for, and what fills a GPU.
+CPU_BATCH_SIZE, CUDA_BATCH_SIZE = 8, 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to measure: names of ENGINES and PEERS on a network and a batch."""
+    """What to measure: names of ENGINES and PEERS on a network and a batch. batch_size None: 8, on CUDA 128."""
 
     engines: tuple[str, ...]
     arch: str
     stem: str
     width: int
-    batch_size: int
+    batch_size: int | None
     img_size: int
     steps: int
     windows: int
     cpu: bool = False
+    trace: Path | None = None
 
 
-class _Logits(nn.Module):
-    """The network as peers expect one: pixels to logits."""
+def device_of(cpu: bool) -> torch.device:
+    """Return the device that a benchmark runs on."""
+    return torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
 
-    def __init__(self, model: TwoHead) -> None:
-        super().__init__()
-        self.model = model
 
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.float16, enabled=x.is_cuda):
-            return self.model.logits(x)
+def batch_size_of(batch_size: int | None, device: torch.device) -> int:
+    return batch_size or (CUDA_BATCH_SIZE if device.type == "cuda" else CPU_BATCH_SIZE)
+
+
+def described(settings: Settings) -> dict[str, Any]:
+    """Return the report's settings."""
+    device = device_of(settings.cpu)
+    return {
+        "arch": settings.arch, "stem": settings.stem, "width": settings.width,
+        "batch_size": batch_size_of(settings.batch_size, device), "img_size": settings.img_size,
+        "attack": f"pgd{settings.steps}", "windows": settings.windows, "device": str(device),
+        "dtype": "float16" if device.type == "cuda" else "float32",
+    }  # fmt: skip
 
 
 def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[str, Any]:
-    """Measure everything; return the report, ready for JSON. Ratios are to torchattacks, or to `eager` without it."""
-    device = torch.device("cuda" if torch.cuda.is_available() and not settings.cpu else "cpu")
-    model, x, y = _subject(settings, device)
-    threat = Threat(eps=_EPS, alpha=_ALPHA, steps=settings.steps)
+    """Measure everything; return the report, ready for JSON. Ratios are to torchattacks, or to `eager` without it.
+
+    What is counted (launches, waits, memory) and traced is so after the timed windows, in calls of its own.
+    """
+    device = device_of(settings.cpu)
+    model, x, y = subject(settings, device)
+    threat = Threat(eps=_EPS, alpha=_ALPHA, steps=settings.steps, start="clean")
     jobs: dict[str, Callable[[], Tensor]] = {}
     missing: list[dict[str, Any]] = []
     for name in settings.engines:
+        progress(f"{name}: building it")
         try:
             jobs[name] = _job(name, model, x, y, threat)
         except ImportError as error:
             missing.append({"name": name, "not_run": f"it is not installed ({error})"})
-    reference = next((name for name in ("torchattacks", "eager") if name in jobs), next(iter(jobs)))
-    timed: dict[str, Job] = dict(jobs)
-    seconds = time_jobs(timed, device, windows=settings.windows, progress=progress)
-    rows = summarise_jobs(seconds, len(x), reference)
-    exact = EagerEngine(model, model.logits).gradient(x, y).sign()
-    for row in rows:
-        row |= _quality(row["name"], model, jobs[row["name"]], x, y, exact)
-        row["version"] = package_version(row["name"]) if row["name"] in PEERS else None
+    rows: list[dict[str, Any]] = []
+    if jobs:
+        reference = next((name for name in ("torchattacks", "eager") if name in jobs), next(iter(jobs)))
+        timed: dict[str, Job] = dict(jobs)
+        seconds = time_jobs(timed, device, windows=settings.windows, progress=progress)
+        rows = summarise_jobs(seconds, len(x), reference)
+        _add_rungs(rows, settings)
+        exact = EagerEngine(model, model.logits).gradient(x, y).sign()
+        for row in rows:
+            progress(f"{row['name']}: counting")
+            row |= _counted(row["name"], jobs[row["name"]], device, settings)
+            row |= _quality(row["name"], model, jobs[row["name"]], x, y, exact)
+            row["version"] = peer_version(row["name"]) if row["name"] in PEERS else None
+        if settings.trace is not None:
+            write_trace(timed, device, settings.trace)
     return {
         "bench": "attack",
         "env": environment(device) | {"threads": torch.get_num_threads()},
-        "settings": {
-            "arch": settings.arch, "stem": settings.stem, "width": settings.width, "batch_size": settings.batch_size,
-            "img_size": settings.img_size, "attack": f"pgd{settings.steps}", "windows": settings.windows,
-            "device": str(device), "dtype": "float16" if device.type == "cuda" else "float32",
-        },
+        "settings": described(settings),
         "rows": rows + missing,
-    }  # fmt: skip
+    }
 
 
-def _subject(settings: Settings, device: torch.device) -> tuple[TwoHead, Tensor, Tensor]:
+def subject(settings: Settings, device: torch.device) -> tuple[TwoHead, Tensor, Tensor]:
     """Return a network whose BN layers have seen data, images and classes; the global RNG is left as it was."""
+    batch_size = batch_size_of(settings.batch_size, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = TwoHead(settings.arch, 1000, stem=settings.stem, width=settings.width)  # type: ignore[arg-type]
-        x = torch.rand(settings.batch_size, 3, settings.img_size, settings.img_size)
-        y = torch.randint(0, 1000, (settings.batch_size,))
+        model = TwoHead(settings.arch, _NUM_CLASSES, stem=settings.stem, width=settings.width)  # type: ignore[arg-type]
+        x = torch.rand(batch_size, 3, settings.img_size, settings.img_size)
+        y = torch.randint(0, _NUM_CLASSES, (batch_size,))
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = x.to(device).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -106,19 +129,24 @@ def _subject(settings: Settings, device: torch.device) -> tuple[TwoHead, Tensor,
 def _job(name: str, model: TwoHead, x: Tensor, y: Tensor, threat: Threat) -> Callable[[], Tensor]:
     """Return one attack, from the clean image, last iterate. Raises: ImportError for a peer that is not installed."""
     if name in PEERS:
-        return _peer(name, model, x, y, threat)
+        return peer(name, model, x, y, threat)
     if name == "backward":
         twin = copy.deepcopy(model).train()  # whose running statistics move
         return lambda: _backward_attack(twin, x, y, threat)
-    gradient = _engine(name, model, x).gradient
-    return lambda: pgd_linf(gradient, x, y, threat, x).x_adv
+    engine, index, draw = _engine(name, model, x), torch.arange(len(x), device=x.device), Draw(0)
+    return lambda: engine.attack(x, y, index, threat, draw, num_classes=_NUM_CLASSES).x_adv
 
 
 def _engine(name: str, model: TwoHead, x: Tensor) -> Engine:
-    if name == "eager":
-        wrapped = _Logits(model)
-        return EagerEngine(model, wrapped, loss_scale=FP16_LOSS_SCALE if x.is_cuda else 1.0)
-    return FoldedEngine(name, model, dtype=torch.float16 if x.is_cuda else torch.float32)
+    if name.startswith("eager"):
+        scale = FP16_LOSS_SCALE if x.is_cuda else 1.0
+        return EagerEngine(
+            model, Logits(model), batch_norm="batch" if name == "eager-batch" else "eval", loss_scale=scale
+        )
+    if not x.is_cuda:
+        return FoldedEngine(name, model, dtype=torch.float32)
+    recorder = CudaRecorder(x.device) if name != "compiled" else None  # as --attack-graph auto does
+    return FoldedEngine(name, model, dtype=torch.float16, recorder=recorder)
 
 
 def _backward_attack(model: TwoHead, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
@@ -127,40 +155,62 @@ def _backward_attack(model: TwoHead, x: Tensor, y: Tensor, threat: Threat) -> Te
     for _ in range(threat.steps):
         leaf = x_adv.detach().requires_grad_(True)
         model.zero_grad()
-        F.cross_entropy(_Logits(model)(leaf), y).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(Logits(model)(leaf), y).backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
         kernels.pgd_linf_step_(x_adv, leaf.grad, x, eps=threat.eps, alpha=threat.alpha)
     return x_adv
 
 
-def _peer(name: str, model: TwoHead, x: Tensor, y: Tensor, threat: Threat) -> Callable[[], Tensor]:
-    """Return a peer's attack in whichever memory layout it is faster with; both are tried, twice each."""
-    module = import_module(name)
-    net = _Logits(model).eval()
-    run: Callable[[Tensor], Tensor]
-    if name == "torchattacks":
-        pgd = module.PGD(net, eps=threat.eps, alpha=threat.alpha, steps=threat.steps, random_start=False)
-        run = lambda images: pgd(images, y)  # noqa: E731 -- one of two ways to call a peer
-    else:
-        wrapped = module.PyTorchModel(net, bounds=(0, 1), device=x.device)
-        linf = module.attacks.LinfPGD(abs_stepsize=threat.alpha, steps=threat.steps, random_start=False)
-        run = lambda images: linf(wrapped, images, y, epsilons=threat.eps)[1]  # noqa: E731
-    layouts = [x, x.contiguous()]
-    seconds = time_jobs({str(i): partial(run, images) for i, images in enumerate(layouts)}, x.device, windows=1)
-    images = layouts[min(range(2), key=lambda i: seconds[str(i)])]
-    return lambda: run(images)
+def _add_rungs(rows: list[dict[str, Any]], settings: Settings) -> None:
+    """Put each engine's rung into its row, how much faster than the lowest rung here it is, and by the byte model.
+
+    speedup is from medians; predicted_speedup, and mb_per_image of one input gradient in half precision, are left out
+    for networks that the model cannot count.
+    """
+    engines = sorted((row for row in rows if row["name"] in ENGINE_RUNGS), key=lambda row: ENGINE_RUNGS[row["name"]])
+    for row in engines:
+        lowest = engines[0]
+        row |= {
+            "rung": ENGINE_RUNGS[row["name"]],
+            "speedup": lowest["ms"] / row["ms"],
+            "speedup_to": ENGINE_RUNGS[lowest["name"]],
+        }
+        if has_byte_model(settings.arch, settings.stem):
+            own, other = (
+                predicted_bytes(rung, settings.arch, settings.img_size, width=settings.width)
+                for rung in (row["rung"], row["speedup_to"])
+            )
+            row |= {"predicted_speedup": other / own, "predicted_mb_per_image": own / 1e6}
+
+
+def _counted(name: str, job: Job, device: torch.device, settings: Settings) -> dict[str, Any]:
+    """Return launches and waits of one attack step, and the memory that an attack needs."""
+    found: dict[str, Any] = {"gpu_mem_gib": peak_memory_gib(job, device)}
+    if name == "compiled" and device.type != "cuda":
+        # What the compiler made of the operators is not seen by the dispatcher, and on a CPU nothing is launched.
+        return found | {"launches_per_step": None, "waits_per_step": None}
+    if name == "fused" and device.type != "cuda":
+        # A CPU runs its ops' references; on tensors without data each is one call, as on a GPU. The update is one more.
+        network: dict[str, Any] = {"stem": settings.stem, "width": settings.width}
+        count = count_rung(ENGINE_RUNGS[name], settings.arch, settings.img_size, **network)
+        return found | Calls(count.launches + 1, count.waits, None, "meta").per(1)
+    return found | count_calls(job, device).per(settings.steps)
 
 
 def _quality(
     name: str, model: TwoHead, job: Callable[[], Tensor], x: Tensor, y: Tensor, exact: Tensor
 ) -> dict[str, float]:
-    """Return, in percent: how often the attack succeeds; for an engine also its gradient's agreement and zeros."""
+    """Return, in percent: how often the attack succeeds; for an engine also its gradient's agreement and zeros.
+
+    Training-mode BN has gradients of another function: there is no agreement to speak of.
+    """
     x_adv = job()
     with torch.no_grad():
         clean, attacked = (model.logits(images).argmax(dim=1) for images in (x, x_adv))
     found = {"changed_pct": 100 * (clean != attacked).double().mean().item()}
     if name in ENGINES and name != "backward":
         gradient = _engine(name, model, x).gradient(x, y)
-        found["sign_agreement_pct"] = 100 * (gradient.sign() == exact).double().mean().item()
         found["zero_grad_pct"] = 100 * (gradient == 0).double().mean().item()
+        if name != "eager-batch":
+            found["sign_agreement_pct"] = 100 * (gradient.sign() == exact).double().mean().item()
     return found

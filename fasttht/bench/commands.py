@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App
 
-from fasttht.bench import attack_commands
+from fasttht.bench import attack_commands, step_commands
 from fasttht.bench.finish import check_output, finish
 from fasttht.config import Many
 from fasttht.errors import UsageError
 
 bench_app = App(name="bench", help="Measure where the time goes, beside peers, on this machine.")
 attack_commands.register(bench_app)
+step_commands.register(bench_app)
 
 LoaderName = Literal["turbo", "ffcv", "dali-cpu", "dali-gpu", "synthetic", "ffcv-stock", "torchvision-cuda"]
 LOADERS: tuple[LoaderName, ...] = (
@@ -27,7 +29,9 @@ _STAGES = ("read", "decode", "resize", "copy")
 
 @bench_app.default
 def bench(*, cpu: bool = False, output: Path | None = None) -> int:
-    """Run every benchmark there is, as it is without options: load, attack, step.
+    """Run load, attack, step and kernels, one after the other, each with a line of JSON: where does the time go?
+
+    On a CPU with small batches and few windows: some minutes. Each alone has the options, and the better figures.
 
     Parameters
     ----------
@@ -36,8 +40,18 @@ def bench(*, cpu: bool = False, output: Path | None = None) -> int:
     output
         Also append the JSON lines to this file.
     """
-    for benchmark in (load, attack_commands.attack, attack_commands.step):
-        code = benchmark(cpu=cpu, output=output)
+    check_output(output)
+    from fasttht.bench.attack import device_of
+
+    small = device_of(cpu).type == "cpu"
+    benchmarks: list[tuple[Callable[..., int], dict[str, Any]]] = [
+        (load, {"workers": (1,), "windows": 3, "window_s": 0.5, "first_batch": False}),
+        (attack_commands.attack, {"batch_size": 2, "windows": 2}),
+        (step_commands.step, {"batch_size": 2, "windows": 2}),
+        (step_commands.kernels, {"batch_size": 2, "windows": 3}),
+    ]
+    for benchmark, options in benchmarks:
+        code = benchmark(cpu=cpu, output=output, **(options if small else {}))
         if code:
             return code
     return 0
@@ -57,6 +71,7 @@ def load(
     slowdown: bool | None = None,
     cpu: bool = False,
     output: Path | None = None,
+    compare: Path | None = None,
 ) -> int:
     """Measure loaders: img/s, time to the first batch, and what decoding costs an attack beside it.
 
@@ -87,6 +102,8 @@ def load(
         Stay on the CPU where there is a CUDA device too.
     output
         Also append the JSON line to this file.
+    compare
+        Set each row beside that of an older --output: the newest report in it, of this machine and these settings.
     """
     if not loaders:
         raise UsageError(f"--loaders: expected one or more of {', '.join(LOADERS)}, got none; name them or drop it")
@@ -100,20 +117,25 @@ def load(
         raise UsageError(f"--window-s: expected seconds above 0, got {window_s:g}; drop it for the default")
     check_output(output)
     from fasttht import log
-    from fasttht.bench.load import Settings, measure
+    from fasttht.bench import compare as comparison
+    from fasttht.bench.attack import device_of
+    from fasttht.bench.load import Settings, described, measure
 
     settings = Settings(
         data=data, loaders=tuple(dict.fromkeys(loaders)), workers=tuple(dict.fromkeys(workers)), cpu=cpu,
         batch_size=batch_size, img_size=img_size, windows=windows, window_s=window_s,
         first_batch=first_batch, slowdown=slowdown,
     )  # fmt: skip
+    old = comparison.open_report(compare, "load", described(settings), device_of(cpu))
     try:
         with log.console.status("bench load") as status:
             report = measure(settings, progress=status.update)
     except KeyboardInterrupt:
         log.fail("stopped; nothing was kept")
         return 130
+    comparison.compare(old, report)
     _show(report)
+    comparison.show(report)
     finish(report, output)
     return 0
 

@@ -29,6 +29,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "fasttht": __version__,
         **{package: package_version(package) for package in packages},
         "dali": package_version("nvidia-dali-cuda120"),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.version.cuda else None,  # type: ignore[no-untyped-call]
         "python": platform.python_version(),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),

@@ -16,6 +16,24 @@ def check_output(output: Path | None) -> None:
         raise UsageError(f"--output: expected a file in an existing folder, got {output}; make the folder first")
 
 
+def check_positive(values: dict[str, int]) -> None:
+    """Refuse counts below 1, by their flags. Raises: UsageError."""
+    for flag, value in values.items():
+        if value < 1:
+            raise UsageError(f"{flag}: expected 1 or more, got {value}; drop it for the default")
+
+
+def machine(report: dict[str, Any]) -> str:
+    """Return what ran a report, in words for a table's title."""
+    env = report["env"]
+    return env["gpu"] or f"{env['cpu']}, {env['threads']} threads"
+
+
+def figure(value: float | None, form: str = "{:.1f}") -> str:
+    """Return a table's cell, empty where there is no figure."""
+    return "" if value is None else form.format(value)
+
+
 def finish(report: dict[str, Any], output: Path | None) -> None:
     """Write the report as the last line of stdout, and append it to the file."""
     line = json.dumps(report) + "\n"

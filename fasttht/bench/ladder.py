@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from fasttht.attacks.folded import FoldedNet
 from fasttht.attacks.fused import FusedGradient
 from fasttht.attacks.pgd import input_gradient
+from fasttht.models.resnet import Stem
 from fasttht.models.two_head import TwoHead
 
 # What each rung is, from the bottom: DESIGN's names, the engine, the weight gradients, BN's statistics.
@@ -34,6 +35,20 @@ RUNGS = {
 }
 
 _FOLDED = ("A3", "A5")
+
+# Which rung an engine of `bench attack` is. A4 is compiled: what it asks for shows on a GPU only; nothing counts it.
+ENGINE_RUNGS = {
+    "backward": "A0", "eager-batch": "A1", "eager": "A2", "folded": "A3", "compiled": "A4", "fused": "A5",
+}  # fmt: skip
+
+# Passes of the analytic model over: convolution outputs, outputs with a ReLU of their own, convolution inputs, block
+# outputs, and the pool's input. A rung's are of one input gradient; `train` is a training step's forward and backward,
+# `clean` a forward that keeps nothing, as the clean encoder's.
+_PASSES: dict[str, tuple[float, float, float, float, float]] = {
+    "A0": (11, 5, 3, 11, 2.75), "A1": (10, 5, 2, 11, 2.75), "A2": (6, 5, 2, 11, 2.75),
+    "A3": (2, 5, 2, 11, 2.75), "A4": (2, 5, 2, 7, 2.75), "A5": (2, 3, 2, 5, 2.75),
+    "train": (11, 5, 3, 11, 2.75), "clean": (3, 2, 1, 5, 1.25),
+}  # fmt: skip
 
 _VIEWS = frozenset({
     "view", "_unsafe_view", "permute", "transpose", "t", "expand", "slice", "select", "detach", "alias", "as_strided",
@@ -117,10 +132,12 @@ def _size(tensor: Tensor) -> int:
 _BATCH = 5
 
 
-def count_rung(rung: str, arch: str = "resnet50", img_size: int = 224) -> Count:
+def count_rung(
+    rung: str, arch: str = "resnet50", img_size: int = 224, *, stem: Stem = "imagenet", width: int = 64
+) -> Count:
     """Count one input gradient of a rung in half precision; num_bytes is for one image."""
     with torch.random.fork_rng(devices=[]):
-        model = TwoHead(arch, 1000, classifier="linear", feat_dim=None).half()
+        model = TwoHead(arch, 1000, stem=stem, width=width, classifier="linear", feat_dim=None).half()
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.trunk.to("meta")
     model.classifier.to("meta")
@@ -151,21 +168,25 @@ def _gradient(rung: str, model: TwoHead) -> Callable[[Tensor, Tensor], object]:
     return backward
 
 
-def predicted_bytes(rung: str, arch: str = "resnet50", img_size: int = 224) -> int:
-    """Return the analytic model's bytes for one image: passes over each kind of tensor, in half precision.
+def has_byte_model(arch: str, stem: str) -> bool:
+    """Whether predicted_bytes knows such a network."""
+    from fasttht.models.resnet import ARCHS
 
-    Bottleneck networks with the 7x7 stem only. A pass reads or writes a tensor once; the coefficients are those of
-    convolution outputs, outputs with a ReLU of their own, convolution inputs, block outputs and the pool's input.
+    return ARCHS[arch][0] and stem == "imagenet"
+
+
+def predicted_bytes(
+    rung: str, arch: str = "resnet50", img_size: int = 224, *, width: int = 64, itemsize: int = 2
+) -> int:
+    """Return the analytic model's bytes for one image: passes over each kind of tensor, of `itemsize` bytes an element.
+
+    Bottleneck networks with the 7x7 stem only. A pass reads or writes a tensor once. rung: a name of _PASSES.
     """
-    outputs, with_relu, inputs, sums, pool = _sizes(arch, img_size)
-    a, r, i, d, p = {
-        "A0": (11, 5, 3, 11, 2.75), "A1": (10, 5, 2, 11, 2.75), "A2": (6, 5, 2, 11, 2.75),
-        "A3": (2, 5, 2, 11, 2.75), "A5": (2, 3, 2, 5, 2.75),
-    }[rung]  # fmt: skip
-    return round(2 * (a * outputs + r * with_relu + i * inputs + d * sums + p * pool))
+    sizes = _sizes(arch, img_size, width)
+    return round(itemsize * sum(passes * size for passes, size in zip(_PASSES[rung], sizes, strict=True)))
 
 
-def _sizes(arch: str, img_size: int) -> tuple[int, int, int, int, int]:
+def _sizes(arch: str, img_size: int, stem_width: int) -> tuple[int, int, int, int, int]:
     """Return elements per image of: all convolution outputs, those with a ReLU, inputs, block outputs, pool input."""
     from fasttht.models.resnet import ARCHS
 
@@ -173,11 +194,11 @@ def _sizes(arch: str, img_size: int) -> tuple[int, int, int, int, int]:
     if not bottleneck:
         raise ValueError(f"predicted_bytes: expected a bottleneck network, got {arch}")
     side = math.ceil(img_size / 2)
-    outputs = with_relu = pool = 64 * side**2
-    inputs, sums, channels = 0, 0, 64
+    outputs = with_relu = pool = stem_width * side**2
+    inputs, sums, channels = 0, 0, stem_width
     side = math.ceil(side / 2)
     for stage, num_blocks in enumerate(blocks):
-        width = 64 << stage
+        width = stem_width << stage
         for block in range(num_blocks):
             before, after = side**2, math.ceil(side / (2 if block == 0 and stage else 1)) ** 2
             with_relu += width * before + width * after

@@ -62,6 +62,13 @@ class Settings:
     slowdown: bool | None = None
 
 
+def described(settings: Settings) -> dict[str, Any]:
+    """Return the report's settings."""
+    device = "cuda" if torch.cuda.is_available() and not settings.cpu else "cpu"
+    names = ("workers", "batch_size", "img_size", "windows", "window_s")
+    return {name: getattr(settings, name) for name in names} | {"device": device}
+
+
 def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[str, Any]:
     """Measure everything; return the report, ready for JSON. `progress` is told what is being measured.
 
@@ -74,8 +81,7 @@ def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[
     try:
         report: dict[str, Any] = {"bench": "load", "env": environment(device)}
         beton, report["data"] = _find_data(settings.data)
-        names = ("workers", "batch_size", "img_size", "windows", "window_s")
-        report["settings"] = {name: getattr(settings, name) for name in names} | {"device": str(device)}
+        report["settings"] = described(settings)
         report["rows"], report["skipped"] = [], []
         for workers in settings.workers:
             report["rows"] += _rows(settings, beton, device, workers, progress)

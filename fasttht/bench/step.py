@@ -1,19 +1,30 @@
-"""What an adversarial training step costs in clean ones: the same network, batch, update and machine, in one run."""
+"""What an adversarial training step costs in clean ones: the same network, batch, update and machine, in one run.
+
+And where its time goes: phases of a step watched in windows of their own (`phases.py`), what it reaches of the
+machine's arithmetic and bandwidth, and which of them limits it (`cost.judge`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fasttht.attacks.pgd import Draw
+from fasttht.bench.attack import batch_size_of, device_of
+from fasttht.bench.calls import peak_memory_gib
+from fasttht.bench.cost import Step, judge, model_bytes, model_flops
 from fasttht.bench.env import environment
-from fasttht.bench.jobs import summarise_jobs, time_jobs
+from fasttht.bench.jobs import Job, summarise_jobs, time_jobs
+from fasttht.bench.peaks import arithmetic_peak, copy_bandwidth
+from fasttht.bench.phases import break_down
+from fasttht.bench.trace import write_trace
 from fasttht.bench.windows import Progress
 from fasttht.build import amp_dtype_of, build_model, build_schedule
-from fasttht.config import AttackConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from fasttht.config import AttackConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig, StepEngineName, TrainConfig
 from fasttht.models.clean_encoder import CleanEncoder
 from fasttht.pipelines.loader import Batch
 from fasttht.resolve import resolve
@@ -26,56 +37,117 @@ _NUM_CLASSES = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to measure: a clean step, a THAT step of `steps` PGD steps, and a free minibatch of `replay` replays."""
+    """What to measure: a clean step, a THAT step of `steps` PGD steps, and a free minibatch of `replay` replays.
+
+    step_engines: rungs of the training step's own ladder; each kind of step on each of them.
+    """
 
     arch: str
     stem: str
     width: int
-    batch_size: int
+    batch_size: int | None
     img_size: int
     steps: int
     replay: int
     engine: str
     windows: int
+    step_engines: tuple[StepEngineName, ...]
     cpu: bool = False
+    trace: Path | None = None
+    probe_bytes: int | None = None
+    probe_side: int | None = None
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A row to be: its step, ready to run, and what the method asks of it."""
+
+    run: Job
+    cost: Step
+    step_engine: str
+
+
+def described(settings: Settings) -> dict[str, Any]:
+    """Return the report's settings."""
+    device = device_of(settings.cpu)
+    return {
+        "arch": settings.arch, "stem": settings.stem, "width": settings.width,
+        "batch_size": batch_size_of(settings.batch_size, device), "img_size": settings.img_size,
+        "windows": settings.windows, "device": str(device),
+    }  # fmt: skip
 
 
 def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[str, Any]:
     """Measure everything; return the report, ready for JSON. clean_steps is the cost of a step in clean ones.
 
-    Images lie on the device, so no data are waited for. g is frozen, as in the paper.
+    Images lie on the device, so no data are waited for. g is frozen, as in the paper. The clean step that others are
+    compared with is the fastest here.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() and not settings.cpu else "cpu")
-    names = {
-        CLEAN: (CLEAN, 1),
-        f"that-pgd{settings.steps}": ("that", 1),
-        f"that-free{settings.replay}": ("that", settings.replay),
-    }
-    made = {name: _make_step(settings, objective, replay, device) for name, (objective, replay) in names.items()}
-    seconds = time_jobs(
-        {name: step for name, (step, _) in made.items()}, device, windows=settings.windows, progress=progress
-    )
-    rows = summarise_jobs(seconds, settings.batch_size, CLEAN)
+    device = device_of(settings.cpu)
+    kinds: dict[str, _Kind] = {}
+    for engine in settings.step_engines:
+        suffix = f"/{engine}" if len(settings.step_engines) > 1 else ""
+        for name, objective, replay in (
+            (CLEAN, CLEAN, 1),
+            (f"that-pgd{settings.steps}", "that", 1),
+            (f"that-free{settings.replay}", "that", settings.replay),
+        ):
+            progress(f"{name}{suffix}: building it")
+            kinds[name + suffix] = _make_step(settings, objective, replay, engine, device)
+    jobs = {name: kind.run for name, kind in kinds.items()}
+    seconds = time_jobs(jobs, device, windows=settings.windows, progress=progress)
+    reference = min((name for name in kinds if name.startswith(CLEAN)), key=lambda name: sorted(seconds[name]))
+    rows = summarise_jobs(seconds, batch_size_of(settings.batch_size, device), reference)
+    watched = break_down(jobs, device, windows=settings.windows, progress=progress)
+    progress("copying and multiplying, for the machine's best")
+    copy = copy_bandwidth(device, windows=settings.windows, buffer_bytes=settings.probe_bytes)
+    peak = arithmetic_peak(device, windows=settings.windows, side=settings.probe_side)
     for row in rows:
         low, median, high = (
             1 / ratio for ratio in (row["ratio_quartiles"][1], row["ratio"], row["ratio_quartiles"][0])
         )
-        row |= {"clean_steps": median, "clean_steps_quartiles": [low, high], "engine": made[row["name"]][1]}
+        kind = kinds[row["name"]]
+        row |= {"clean_steps": median, "clean_steps_quartiles": [low, high]}
+        row |= {"engine": kind.cost.engine, "step_engine": kind.step_engine}
+        row |= watched[row["name"]]
+        row |= _judged(row, kind.cost, settings, device, copy["gb_per_s"], peak["tflops"])
+        row["gpu_mem_gib"] = peak_memory_gib(kind.run, device)
+    if settings.trace is not None:
+        write_trace(jobs, device, settings.trace)
     return {
         "bench": "step",
         "env": environment(device) | {"threads": torch.get_num_threads()},
-        "settings": {
-            "arch": settings.arch, "stem": settings.stem, "width": settings.width, "batch_size": settings.batch_size,
-            "img_size": settings.img_size, "windows": settings.windows, "device": str(device),
-        },
+        "settings": described(settings),
+        "copy": copy,
+        "peak": peak,
         "rows": rows,
-    }  # fmt: skip
+    }
+
+
+def _judged(
+    row: dict[str, Any], cost: Step, settings: Settings, device: torch.device, gb_per_s: float, tflops: float
+) -> dict[str, Any]:
+    on_gpu = device.type == "cuda"
+    images = batch_size_of(settings.batch_size, device)
+    network = (settings.arch, settings.stem, settings.width, settings.img_size)
+    flops = images * model_flops(cost, *network)
+    num_bytes = model_bytes(cost, *network, itemsize=2 if on_gpu else 4)
+    judged = judge(
+        seconds=row["ms"] / 1000,
+        host_share=row["host_ms"] / row["watched_ms"] if on_gpu else None,
+        data_wait_pct=next(phase["pct"] for phase in row["phases"] if phase["name"] == "data_wait"),
+        flops=flops,
+        num_bytes=None if num_bytes is None else images * num_bytes,
+        tflops=tflops,
+        gb_per_s=gb_per_s,
+    )
+    return judged | {"model_gflop_per_image": flops / images / 1e9}
 
 
 def _make_step(
-    settings: Settings, objective: str, replay: int, device: torch.device
-) -> tuple[Callable[[], None], str | None]:
-    """Return a training step on images that lie on the device, and the attack engine it uses."""
+    settings: Settings, objective: str, replay: int, step_engine: StepEngineName, device: torch.device
+) -> _Kind:
+    """Build a training step on images that lie on the device."""
     config = resolve(
         TrainConfig(
             model=ModelConfig(arch=settings.arch, stem=settings.stem, width=settings.width),  # type: ignore[arg-type]
@@ -85,7 +157,7 @@ def _make_step(
                 attack_engine=settings.engine,  # type: ignore[arg-type]
             ),
             method=MethodConfig(objective=objective, clean_encoder="momentum"),  # type: ignore[arg-type]
-            optim=OptimConfig(batch_size=settings.batch_size, lr=1e-6),
+            optim=OptimConfig(batch_size=batch_size_of(settings.batch_size, device), lr=1e-6, step_engine=step_engine),
             run=RunConfig(device=str(device)),
         )
     )
@@ -96,6 +168,12 @@ def _make_step(
         img_size=settings.img_size, amp_dtype=amp_dtype_of(config, device),
     )  # fmt: skip
     batch = _batch(settings, device)
+    name = None if state.engine is None else state.engine.name
+    cost = Step(that=objective != CLEAN, attack_steps=settings.steps if name else 0, engine=name, replay=replay)
+    return _Kind(_stepper(state, config, batch, replay), cost, state.step_engine.name)
+
+
+def _stepper(state: TrainState, config: TrainConfig, batch: Batch, replay: int) -> Callable[[], None]:
     num_done = 0
 
     def step() -> None:
@@ -106,12 +184,13 @@ def _make_step(
             standard_step(state, config, batch, Draw(0, 0, num_done), num_classes=_NUM_CLASSES)
         num_done += 1
 
-    return step, None if state.engine is None else state.engine.name
+    return step
 
 
 def _batch(settings: Settings, device: torch.device) -> Batch:
+    batch_size = batch_size_of(settings.batch_size, device)
     generator = torch.Generator().manual_seed(0)
-    shape = (settings.batch_size, settings.img_size, settings.img_size, 3)
+    shape = (batch_size, settings.img_size, settings.img_size, 3)
     x = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device).permute(0, 3, 1, 2)
-    index = torch.arange(settings.batch_size, device=device)
+    index = torch.arange(batch_size, device=device)
     return Batch(x, index % _NUM_CLASSES, index)

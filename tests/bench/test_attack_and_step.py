@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fasttht import cli
 from fasttht.bench import attack as bench_attack
+from fasttht.bench import attack_commands, attack_peers, commands, step_commands
+from fasttht.bench import step as bench_step
+from fasttht.bench.calls import count_calls, peak_memory_gib
+from fasttht.bench.cost import Step, model_bytes
 from fasttht.bench.jobs import summarise_jobs, time_jobs
+from fasttht.bench.phases import PHASES
 
-SMALL = (
-    *("--arch", "resnet18", "--stem", "small", "--width", "4", "--batch-size", "4"),
-    *("--img-size", "16", "--steps", "2", "--windows", "2", "--cpu"),
-)
+SMALL = {
+    "--arch": "resnet18", "--stem": "small", "--width": "4", "--batch-size": "4", "--img-size": "16", "--steps": "2",
+    "--windows": "2",
+}  # fmt: skip
+
+
+def small(*words: str) -> list[str]:
+    """Return a benchmark's words with those of SMALL that are not among them."""
+    name, *rest = words
+    missing = [word for flag, value in SMALL.items() if flag not in rest for word in (flag, value)]
+    return ["bench", name, "--cpu", *missing, *rest]
 
 
 @pytest.fixture
@@ -25,7 +40,7 @@ def report(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
 
     def call(*words: str) -> dict[str, Any]:
         capsys.readouterr()
-        assert cli.run(["bench", *words, *SMALL]) == 0
+        assert cli.run(small(*words)) == 0
         found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
         return found
 
@@ -49,16 +64,37 @@ def test_ratios_are_of_the_same_window() -> None:
 
 
 def test_attack_reports_each_engine(report: Callable[..., dict[str, Any]]) -> None:
-    found = report("attack", "--engines", "backward", "eager", "folded", "fused")
+    names = ["backward", "eager-batch", "eager", "folded", "fused"]
+    found = report("attack", "--engines", *names)
     assert found["bench"] == "attack"
     assert found["settings"]["attack"] == "pgd2"
-    assert [row["name"] for row in found["rows"]] == ["backward", "eager", "folded", "fused"]
+    assert [row["name"] for row in found["rows"]] == names
+    assert [row["rung"] for row in found["rows"]] == ["A0", "A1", "A2", "A3", "A5"]
+    first = found["rows"][0]
     for row in found["rows"]:
         assert row["ratio_to"] == "eager"
         assert row["img_per_s"] == pytest.approx(4000 / row["ms"])
-        if row["name"] != "backward":
-            assert row["sign_agreement_pct"] > 99
-    assert found["rows"][1]["ratio"] == 1
+        assert row["speedup"] == pytest.approx(first["ms"] / row["ms"])
+        assert row["speedup_to"] == "A0"
+        assert "predicted_speedup" not in row  # the byte model counts bottlenecks
+        assert row["counted_by"] == ("meta" if row["name"] == "fused" else "dispatch")
+        assert row["launches_per_step"] > 20
+        assert row["waits_per_step"] == 0
+        assert row["gpu_mem_gib"] is None
+        assert ("sign_agreement_pct" in row) == (row["name"] not in ("backward", "eager-batch"))
+        assert row.get("sign_agreement_pct", 100) > 99
+    assert found["rows"][2]["ratio"] == 1
+    launches = [row["launches_per_step"] for row in found["rows"]]
+    assert launches[0] > launches[1] >= launches[2] > launches[3] > launches[4]
+
+
+def test_the_byte_models_prediction_stands_beside_the_measurement(report: Callable[..., dict[str, Any]]) -> None:
+    found = report("attack", "--arch", "resnet50", "--stem", "imagenet", "--engines", "folded", "eager")
+    predicted = {row["rung"]: row for row in found["rows"]}
+    assert predicted["A2"]["predicted_speedup"] == predicted["A2"]["speedup"] == 1
+    ratio = predicted["A2"]["predicted_mb_per_image"] / predicted["A3"]["predicted_mb_per_image"]
+    assert predicted["A3"]["predicted_speedup"] == pytest.approx(ratio)
+    assert 1 < ratio < 2
 
 
 def test_a_peer_that_is_not_installed_is_named_and_not_a_zero(
@@ -67,18 +103,76 @@ def test_a_peer_that_is_not_installed_is_named_and_not_a_zero(
     def missing(name: str) -> None:
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(bench_attack, "import_module", missing)
-    found = report("attack", "--engines", "eager", "torchattacks")
-    assert found["rows"][1]["name"] == "torchattacks"
-    assert "it is not installed" in found["rows"][1]["not_run"]
-    assert "img_per_s" not in found["rows"][1]
+    monkeypatch.setattr(attack_peers, "import_module", missing)
+    found = report("attack", "--engines", "eager", "torchattacks", "art")
+    for row, name in zip(found["rows"][1:], ("torchattacks", "art"), strict=True):
+        assert row["name"] == name
+        assert "it is not installed" in row["not_run"]
+        assert "img_per_s" not in row
+    assert report("attack", "--engines", "art")["rows"][0]["not_run"]
+
+
+class FakeArt:
+    """The Adversarial Robustness Toolbox as far as it is called, with an attack that asks it for every gradient."""
+
+    __name__ = "art"
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[bool, bool]] = []
+
+    def import_module(self, name: str) -> Any:
+        return self
+
+    def PyTorchClassifier(self, model: torch.nn.Module, **options: Any) -> Callable[..., Any]:
+        assert options["input_shape"] == (3, 16, 16)
+        assert (options["nb_classes"], options["clip_values"], options["device_type"]) == (1000, (0.0, 1.0), "cpu")
+        weight = next(p for p in model.parameters() if p.ndim == 4 and p.shape[2] > 1)
+
+        def gradient(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            leaf = torch.from_numpy(images).requires_grad_(True)
+            self.seen.append((leaf.is_contiguous(), weight.is_contiguous()))
+            loss = options["loss"](model(leaf), torch.from_numpy(labels))
+            found: np.ndarray[Any, Any] = torch.autograd.grad(loss, leaf)[0].numpy()
+            return found
+
+        return gradient
+
+    def ProjectedGradientDescentPyTorch(self, gradient: Callable[..., Any], **options: Any) -> Any:
+        assert (options["max_iter"], options["num_random_init"], options["batch_size"]) == (2, 0, 4)
+        outer = self
+
+        class Attack:
+            def generate(self, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+                x_adv = images.copy()
+                for _ in range(options["max_iter"]):
+                    x_adv += options["eps_step"] * np.sign(gradient(x_adv, labels))
+                    x_adv = np.clip(np.clip(x_adv, images - options["eps"], images + options["eps"]), 0, 1)
+                assert outer.seen
+                return x_adv.astype(np.float32)
+
+        return Attack()
+
+
+def test_a_peer_is_tried_in_both_layouts_and_ends_at_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    art = FakeArt()
+    monkeypatch.setattr(attack_peers, "import_module", art.import_module)
+    settings = bench_attack.Settings(
+        engines=(), arch="resnet18", stem="small", width=4, batch_size=4, img_size=16, steps=2, windows=1, cpu=True
+    )
+    model, x, y = bench_attack.subject(settings, torch.device("cpu"))
+    threat = bench_attack.Threat(eps=4 / 255, alpha=1 / 255, steps=2, start="clean")
+    expected = bench_attack._job("eager", model, x, y, threat)()
+    found = bench_attack._job("art", model, x, y, threat)()
+    assert ((found - expected).abs() > 1e-6).double().mean() < 0.01
+    assert {weights for _, weights in art.seen} == {True, False}
+    assert all(images for images, _ in art.seen)  # NumPy's arrays are contiguous; the network lays them out
 
 
 def test_all_engines_end_the_attack_at_the_same_images() -> None:
     settings = bench_attack.Settings(
         engines=(), arch="resnet18", stem="small", width=4, batch_size=4, img_size=16, steps=3, windows=1, cpu=True
     )
-    model, x, y = bench_attack._subject(settings, torch.device("cpu"))
+    model, x, y = bench_attack.subject(settings, torch.device("cpu"))
     threat = bench_attack.Threat(eps=4 / 255, alpha=1 / 255, steps=3)
     expected = bench_attack._job("eager", model, x, y, threat)()
     assert (expected - x).abs().max() > 0
@@ -87,14 +181,113 @@ def test_all_engines_end_the_attack_at_the_same_images() -> None:
         assert ((found - expected).abs() > 1e-6).double().mean() < 0.01
 
 
-def test_step_reports_costs_in_clean_steps(report: Callable[..., dict[str, Any]]) -> None:
-    found = report("step", "--replay", "3")
-    assert [row["name"] for row in found["rows"]] == ["clean", "that-pgd2", "that-free3"]
+def test_step_reports_costs_in_clean_steps(report: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    found = report("step", "--replay", "4", "--trace", str(trace))
+    assert [row["name"] for row in found["rows"]] == ["clean", "that-pgd2", "that-free4"]
     assert [row["engine"] for row in found["rows"]] == [None, "folded", None]
     assert found["rows"][0]["clean_steps"] == 1
     for row in found["rows"][1:]:
         assert row["clean_steps"] == pytest.approx(1 / row["ratio"])
         assert row["clean_steps_quartiles"][0] <= row["clean_steps"] <= row["clean_steps_quartiles"][1]
+    for row in found["rows"]:
+        assert {phase["name"] for phase in row["phases"]} == set(PHASES)
+        assert sum(phase["pct"] for phase in row["phases"]) == pytest.approx(100)
+        flops = 1e9 * row["model_gflop_per_image"] * row["img_per_s"]
+        assert row["mfu_pct"] == pytest.approx(100 * flops / (found["peak"]["tflops"] * 1e12))
+        assert row["copy_pct"] is None  # the byte model counts bottlenecks
+        assert row["limit"] is None
+        assert row["gpu_mem_gib"] is None
+    gflop = {row["name"]: row["model_gflop_per_image"] for row in found["rows"]}
+    assert gflop["clean"] < gflop["that-pgd2"] < gflop["that-free4"]
+    assert found["hours"] is None
+    assert found["copy"]["gb_per_s"] > 0
+    spans = [event["name"] for event in json.loads(trace.read_text())["traceEvents"] if event.get("ph") == "X"]
+    assert spans.count("train_forward") == 1 + 1 + 4
+    assert {"clean", "that-pgd2", "that-free4", "attack_forward", "attack_update", "optimizer", "bank"} <= set(spans)
+
+
+def test_a_step_moves_the_byte_models_bytes(report: Callable[..., dict[str, Any]]) -> None:
+    found = report(
+        "step",
+        "--arch",
+        "resnet50",
+        "--stem",
+        "imagenet",
+        "--img-size",
+        "32",
+        "--attack-engine",
+        "fused",
+        "--windows",
+        "1",
+    )
+    for row in found["rows"]:
+        assert row["copy_pct"] > 0
+    per_image = [row["copy_pct"] / row["img_per_s"] for row in found["rows"]]
+    clean, that = (
+        model_bytes(step, "resnet50", "imagenet", 4, 32, itemsize=4)
+        for step in (Step(that=False), Step(that=True, attack_steps=2, engine="fused"))
+    )
+    assert clean is not None
+    assert that is not None
+    assert per_image[1] / per_image[0] == pytest.approx(that / clean)
+
+
+def test_a_report_is_compared_with_an_older_one(report: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    words = ("attack", "--engines", "eager", "--compare", str(path))
+    old = report("attack", "--engines", "eager", "--output", str(path), "--trace", str(tmp_path / "attack.json.gz"))
+    found = report(*words)["compare"]
+    assert found["date"] == old["env"]["date"]
+    assert [row["name"] for row in found["rows"]] == ["eager"]
+    assert found["rows"][0]["ratio"] > 0
+    with gzip.open(tmp_path / "attack.json.gz", "rt") as file:
+        spans = [event["name"] for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    assert spans.count("attack_update") == 2
+    assert cli.run(small(*words, "--steps", "3")) == 2  # another attack
+
+
+def test_each_step_is_measured_on_each_rung_of_its_ladder() -> None:
+    settings = bench_step.Settings(
+        arch="resnet18", stem="small", width=4, batch_size=2, img_size=8, steps=1, replay=2, engine="folded",
+        windows=1, step_engines=("eager", "fused"), cpu=True, probe_bytes=1000, probe_side=8,
+    )  # fmt: skip
+    rows = bench_step.measure(settings)["rows"]
+    assert [row["name"] for row in rows] == [
+        f"{kind}/{engine}" for engine in ("eager", "fused") for kind in ("clean", "that-pgd1", "that-free2")
+    ]
+    clean = min((row for row in rows if row["name"].startswith("clean")), key=lambda row: row["ms"])
+    assert {row["ratio_to"] for row in rows} == {clean["name"]}  # the fastest clean step there is
+
+
+def test_waits_are_counted_and_memory_is_not_on_a_cpu() -> None:
+    cpu, x = torch.device("cpu"), torch.ones(5, 64, 2, 2)
+
+    def job() -> None:
+        float((x + 1).sum())
+
+    assert count_calls(job, cpu).per(2) == {
+        "launches_per_step": 1.5, "waits_per_step": 0.5, "kernels_per_step": None, "counted_by": "dispatch",
+    }  # fmt: skip
+    assert peak_memory_gib(job, cpu) is None
+
+
+def test_without_a_subcommand_all_run_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    calls: list[tuple[str, dict[str, Any]]] = []
+    for module, name in (
+        (commands, "load"), (attack_commands, "attack"), (step_commands, "step"), (step_commands, "kernels")
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, lambda name=name, **options: calls.append((name, options)) or 0)
+    assert cli.run(["bench", "--cpu", "--output", str(tmp_path / "all.json")]) == 0
+    assert [name for name, _ in calls] == ["load", "attack", "step", "kernels"]
+    assert all(options["cpu"] and options["output"] == tmp_path / "all.json" for _, options in calls)
+    assert all(options["batch_size"] == 2 for name, options in calls if name != "load")
+    monkeypatch.setattr(step_commands, "step", lambda **options: 130)
+    calls.clear()
+    assert cli.run(["bench", "--cpu"]) == 130
+    assert [name for name, _ in calls] == ["load", "attack"]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +296,11 @@ def test_step_reports_costs_in_clean_steps(report: Callable[..., dict[str, Any]]
         (("attack", "--windows", "0"), "--windows: expected 1 or more, got 0"),
         (("step", "--replay", "1"), "--replay: expected 2 or more, got 1"),
         (("attack", "--engines", "none"), "none"),
+        (("attack", "--trace", "missing/trace.json"), "--trace: expected a file in an existing folder"),
+        (("step", "--trace", "trace.txt"), "--trace: expected a name that ends in .json or .json.gz, got trace.txt"),
+        (("step", "--compare", "missing.json"), "--compare: expected a report that can be read"),
+        (("step", "--step-engine", "none"), 'Invalid value "none" for --step-engine'),
+        (("step", "--preset", "that-r152-pgd10"), "--arch: expected resnet152 beside --preset that-r152-pgd10"),
     ],
 )
 def test_bad_words_exit_with_2(words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -369,7 +369,7 @@ def test_an_error_of_our_own_is_a_bug_and_frees_the_cores(beton: Path, monkeypat
     assert torch.get_num_threads() == threads
 
 
-def test_bench_alone_runs_all_there_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_alone_begins_with_the_loaders_in_few_windows_on_a_cpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def interrupted(settings: bench_load.Settings, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -380,8 +380,8 @@ def test_bench_alone_runs_all_there_is(run: Run, monkeypatch: pytest.MonkeyPatch
     code, _, err = run("bench", "--cpu")
     assert (code, err) == (130, "fasttht: stopped; nothing was kept\n")
     assert run("bench", "load", "--cpu")[0] == 130
-    assert asked[0] == asked[1]
-    assert asked[0].loaders == LOADERS
+    assert asked[0].loaders == asked[1].loaders == LOADERS
+    assert asked[0].windows * asked[0].window_s * len(asked[0].workers) < 3
 
 
 def test_made_up_images_are_called_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -614,3 +614,15 @@ def test_on_cuda_everything_is_measured_or_has_a_reason(run: Run, beton: Path) -
     assert all(row["ratio"] > 0 for row in report["attack"]["rows"])
     if importlib.util.find_spec("torchvision") is None:
         assert "not_run" in report["rows"][-1]
+
+
+def test_a_report_of_loaders_is_compared_with_an_older_one(run: Run, beton: Path, tmp_path: Path) -> None:
+    words = ("bench", "load", *FEW, "synthetic", "--data", beton)
+    assert run(*words, "--output", tmp_path / "old.json")[0] == 0
+    code, out, err = run(*words, "--compare", tmp_path / "old.json")
+    assert code == 0, err
+    assert [row["name"] for row in report_of(out)["compare"]["rows"]] == ["synthetic, 1 workers"]
+    other = ["2" if word == "4" else word for word in words]
+    code, _, err = run(*other, "--compare", tmp_path / "old.json")
+    assert code == 2
+    assert "--compare: expected a report of the same settings, got batch_size 4 where this run has 2" in err
