@@ -13,11 +13,12 @@ from fasttht.config_file import preset_names
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+SCRIPTS = {"tools/write_ffcv.py": ["data", "write"], "tools/compare_runs.py": ["compare"]}
 
 
 def commands() -> list[list[str]]:
     """Every indented command line of the README, without its comment."""
-    lines = re.findall(r"^    ((?:fasttht|tools/write_ffcv\.py|bash) .*)$", README, re.MULTILINE)
+    lines = re.findall(r"^    ((?:fasttht|tools/\w+\.py|bash) .*)$", README, re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
 
@@ -27,6 +28,10 @@ def parses(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     if name == "bench":  # to a file that cannot be, which is looked at when all words are understood
         assert cli.run([*words, "--output", "missing/folder/file.json"]) == 2
         assert "--output: expected a file in an existing folder" in capsys.readouterr().err
+        return
+    if name == "compare":  # to the first thing that is looked at when all words are understood
+        assert cli.run([*words, "--jobs", "0"]) == 2
+        assert "--jobs and --eval-restarts: expected at least 1" in capsys.readouterr().err
         return
     if name == "train":
         assert cli.run(["config", *rest]) == 0, capsys.readouterr().err
@@ -49,16 +54,17 @@ def test_every_command_parses(
     for program, *words in found:
         if program == "bash":
             assert (ROOT / words[0]).exists()
-        elif program == "tools/write_ffcv.py":
+        elif program.startswith("tools/"):
             assert (ROOT / program).exists()
-            parses(["data", "write", *words], capsys)
+            parses([*SCRIPTS[program], *words], capsys)
         else:
             parses(words, capsys)
 
 
 def test_every_flag_and_file_that_is_named_exists(capsys: pytest.CaptureFixture[str]) -> None:
     helps = ""
-    for words in (["train"], ["pretrain"], ["eval"], ["data", "write"], ["bench", "load"]):
+    benches = (["bench", name] for name in ("load", "attack", "step", "kernels", "zeros"))
+    for words in (["train"], ["pretrain"], ["eval"], ["compare"], ["data", "write"], *benches):
         assert cli.run([*words, "--help"]) == 0
         helps += capsys.readouterr().out
     flags = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README)) - {"--help"}
@@ -68,7 +74,7 @@ def test_every_flag_and_file_that_is_named_exists(capsys: pytest.CaptureFixture[
     for path in re.findall(r"`((?:tools|examples|fasttht|kernels|pipelines|tests|docs)/[\w./-]*)", README):
         assert (ROOT / path).exists(), path
     for preset in re.findall(r"--preset (\S+?)[`\s]", README):
-        assert preset in preset_names()
+        assert preset in (*preset_names(), *preset_names(pretrain=True))
 
 
 def test_no_placeholder_is_left() -> None:
