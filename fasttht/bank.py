@@ -67,7 +67,7 @@ class FeatureBank:
         Shapes: feat_clean (B, feat_dim), index (B,) dataset rows. Mutates the bank only.
         """
         _check(self.features, feat_clean, index)
-        unit = F.normalize(feat_clean.to(self.features.dtype), dim=1)
+        unit = _unit(self.features, feat_clean)
         kernels.bank_write_(self.features, self.index, self.ptr, unit, index)
 
     def mask(self, index: Tensor, *, mask_same_index: bool = True) -> Tensor:
@@ -128,7 +128,7 @@ class DatasetBank:
         Shapes: feat_clean (B, feat_dim), index (B,) dataset rows. Mutates the bank only.
         """
         _check(self.features, feat_clean, index)
-        unit = F.normalize(feat_clean.to(self.features.dtype), dim=1)
+        unit = _unit(self.features, feat_clean)
         # A scatter with one slot named twice has no order on a GPU: all that name it write the last one's feature.
         order = torch.arange(len(index), device=index.device)
         last = torch.zeros_like(self.written, dtype=torch.int64).scatter_reduce_(0, index, order, "amax")
@@ -161,6 +161,14 @@ def build_bank(
         raise ValueError("bank: expected the number of training images for a dataset bank, got none")
     assert method.num_negatives is not None, "the config was not resolved"
     return DatasetBank(num_images, feat_dim, num_negatives=method.num_negatives, seed=seed, device=device, dtype=dtype)
+
+
+def _unit(features: Tensor, feat_clean: Tensor) -> Tensor:
+    """Return features of unit norm in the bank's type; a feature that overflowed is zero.
+
+    Kept as it is, it would make every anchor's loss NaN, and every step be skipped, until its slot is written anew.
+    """
+    return F.normalize(feat_clean.to(features.dtype), dim=1).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _check(features: Tensor, feat_clean: Tensor, index: Tensor) -> None:

@@ -42,6 +42,12 @@ def open_device(config: AnyConfig) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"--device: expected cpu, cuda or cuda:N, got {name}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device: expected cpu, cuda or cuda:N, got {name}")
+    if device.index is not None and device.type == "cuda" and device.index >= torch.cuda.device_count() > 0:
+        raise UsageError(
+            f"--device: expected one of {torch.cuda.device_count()} CUDA devices, counted from 0, got {name}"
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device: expected a device that torch can use, got {name}; there is no CUDA device")
     return device
@@ -108,6 +114,17 @@ def _workers(config: AnyConfig) -> int:
     return config.data.workers or len(os.sched_getaffinity(0))
 
 
+def _check_parts(images: int, batch_size: int, parts: int, *, drop_last: bool) -> None:
+    """Refuse parts of one image, which has no batch statistics. Raises: UsageError."""
+    for batch in [batch_size] + ([] if drop_last or not images % batch_size else [images % batch_size]):
+        size = -(-batch // parts)
+        if size == 1 or batch % size == 1:
+            raise UsageError(
+                f"--batch-size and --grad-accum-steps: expected at least two images in every part, got one in a batch "
+                f"of {batch}; BN needs more: change one of them, or leave the short last batch out (--drop-last)"
+            )
+
+
 def build_loader(
     config: AnyConfig,
     splits: Splits,
@@ -139,6 +156,9 @@ def build_loader(
             f"--batch-size: expected at most the {len(samples)} training images, got {optim.batch_size}; "
             "make it smaller or add --no-drop-last"
         )
+    if train:
+        parts = config.optim.grad_accum_steps if isinstance(config, TrainConfig) else 1
+        _check_parts(len(samples), optim.batch_size, parts, drop_last=optim.drop_last)
     plan = EpochPlan(
         num_samples=len(samples),
         batch_size=optim.batch_size if train else config.evaluation.eval_batch_size,

@@ -324,6 +324,15 @@ def run(tokens: list[str]) -> int:
         what = error.filename or "a file"
         fail(f"{what}: expected to read or write it, got: {error.strerror}; check the path and the disk")
         return 6
+    except RuntimeError as error:
+        # torch.OutOfMemoryError is one, and what the CPU's allocator raises; their names would need torch here.
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+            raise
+        fail(
+            f"memory: expected enough, got: {str(error).splitlines()[0][:200]}; lower --batch-size or "
+            "--bank-size, or raise --grad-accum-steps"
+        )
+        return 6
     except KeyboardInterrupt:
         fail("stopped; the same command again continues from the last checkpoint")
         return 130

@@ -100,10 +100,11 @@ def evaluate(
     """Classify clean images and those of each attack; the model's mode is restored.
 
     The loader must be an evaluation loader; it is walked once. Returns a Score by name: `clean`, `pgd10`, ..., and
-    with R > 1 restarts also `pgd10_r5`, ...: right only under every one of R attacks from other random starts, the
-    first of which is the one of `pgd10`. A network with mixture BN is evaluated through its adversarial branch, clean
-    images too: a defender does not know which images were attacked. What those get through the clean branch (Xie et
-    al.'s AdvProp) is `clean_branch_clean`. on_batch is called with the number of images done.
+    with R > 1 restarts also `pgd10_r5`, ...: right only under every one of R attacks from other random starts (and, if
+    targeted, at other random classes), the first of which is the one of `pgd10`. A network with mixture BN is
+    evaluated through its adversarial branch, clean images too: a defender does not know which images were attacked.
+    What those get through the clean branch (Xie et al.'s AdvProp) is `clean_branch_clean`. on_batch is called with the
+    number of images done.
     """
     device = next(model.parameters()).device
     branches = has_mixture_bn(model)

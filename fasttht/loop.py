@@ -28,7 +28,8 @@ from fasttht.pipelines.splits import open_splits
 from fasttht.run_folder import METRICS, TIMING, RunFolder
 from fasttht.signals import stop_signals
 
-META_VERSION = 1
+# Raised with any change to what a checkpoint holds.
+META_VERSION = 2
 
 Item = TypeVar("Item")
 Item_co = TypeVar("Item_co", covariant=True)
@@ -61,6 +62,10 @@ class State(Protocol):
     amp_dtype: torch.dtype
 
     def tensors(self) -> dict[str, dict[str, Tensor]]: ...
+
+    def depends_on(self) -> dict[str, str]:
+        """Return digests, by name, of what the steps read and no checkpoint holds."""
+        ...
 
 
 class Loop(ABC, Generic[Item]):
@@ -231,6 +236,7 @@ class Loop(ABC, Generic[Item]):
             "loader": self.loader.state_dict(),
             "rows": self.folder.positions(),
             "identity": identity(self._config),
+            "depends_on": self.state.depends_on(),
             "num_classes": self.splits.num_classes,
             "class_names": list(self.splits.train.class_names),
         }
@@ -257,6 +263,17 @@ class Loop(ABC, Generic[Item]):
 
     def _restore(self, folder: Path) -> None:
         meta = checkpoint.read_meta(folder)
+        if meta["version"] != META_VERSION:
+            raise CheckpointError(
+                f"{folder}: expected a checkpoint of version {META_VERSION}, got {meta['version']}; "
+                "continue it with the release that wrote it, or give another --output"
+            )
+        for what, digest in self.state.depends_on().items():
+            if meta["depends_on"].get(what) != digest:
+                raise CheckpointError(
+                    f"{folder}: expected the {what} that the run started with, got other weights; "
+                    "restore its file, or give another --output"
+                )
         checkpoint.restore(folder, self.state.tensors())
         self.state.step = int(meta["step"])
         self.loader.load_state_dict(meta["loader"])

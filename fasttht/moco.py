@@ -58,6 +58,10 @@ class MocoState:
         self.step = 0
         self.meter = Meter(device)
 
+    def depends_on(self) -> dict[str, str]:
+        """Return nothing: a checkpoint holds all that the steps read."""
+        return {}
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return every tensor a checkpoint holds, by file and name; they are the live ones, not copies.
 
@@ -97,8 +101,7 @@ def moco_step(state: MocoState, config: PretrainConfig, query: Batch, key: Batch
         state.meter.add(loss=loss.detach() * images, correct=correct, images=images)
     taken = guarded_update_(state, state.encoder, state.encoder.trunk, before)
     state.key_encoder.follow_(state.encoder, (1 - moco.key_momentum) * taken)
-    # A key that overflowed must not stay: each step of the queue's whole length would be skipped because of it.
-    state.queue.enqueue(feat_key.nan_to_num(nan=0.0), key.index)
+    state.queue.enqueue(feat_key, key.index)
 
 
 def in_groups(encoder: Callable[[Tensor], Tensor], x: Tensor, groups: int) -> Tensor:

@@ -154,6 +154,10 @@ def _check_objective(config: TrainConfig, traits: Traits) -> None:
         ):  # fmt: skip
             if wrong:
                 raise UsageError(f"{flag}: expected {allowed} beside --objective {name}, got {found}; {why}")
+    if model.denoise and model.width < 2:
+        raise UsageError(
+            f"--width: expected at least 2 beside --denoise, got {model.width}; its blocks halve the channels"
+        )
     if model.denoise and engine not in ("auto", "eager"):
         raise UsageError(
             f"--attack-engine: expected eager beside --denoise, got {engine}; denoising blocks cannot be folded"
@@ -169,6 +173,15 @@ def _check_objective(config: TrainConfig, traits: Traits) -> None:
         )
 
 
+def _check_finite(config: TrainConfig) -> None:
+    """Refuse inf and NaN wherever a number is asked for. Raises: UsageError naming the flag."""
+    for section in dataclasses.fields(config):
+        for name, value in vars(getattr(config, section.name)).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise UsageError(f"--{name.replace('_', '-')}: expected a finite number, got {number}")
+
+
 def check_ranges(config: TrainConfig) -> None:
     """Refuse numbers outside their ranges. Raises: UsageError naming the flag, the range and the value."""
     data, attack, method, optim = config.data, config.attack, config.method, config.optim
@@ -179,6 +192,9 @@ def check_ranges(config: TrainConfig) -> None:
             raise UsageError(
                 f"{flag}: expected a number in [0, 1] or a fraction, got {length:g}; did you mean {length:g}/255?"
             )
+    _check_finite(config)
+    if not config.evaluation.eval_steps:
+        raise UsageError("--eval-steps: expected one or more numbers of steps, got none; 0 is the random start alone")
     at_least: list[tuple[str, float | None, float]] = [
         ("--img-size", data.img_size, 1), ("--workers", data.workers, 0), ("--width", config.model.width, 1),
         ("--feat-dim", config.model.feat_dim, 1), ("--steps", attack.steps, 0), ("--replay", attack.replay, 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable
 from typing import Protocol
 
@@ -136,6 +137,7 @@ class TrainState:
         # networks
         self.model = model
         self.clean_encoder = clean_encoder
+        self._encoder_digest: str | None = None
         self.ema = copy.deepcopy(model).requires_grad_(False) if optim.model_ema else None
         # the update
         self.lr = torch.zeros((), device=device)
@@ -179,8 +181,11 @@ class TrainState:
         """Return g(x), (B, D) of unit norm without gradient, or None if there is no clean encoder."""
         if self.clean_encoder is None:
             return None
+        before = [buffer.clone() for buffer in self.clean_encoder.trunk.buffers() if not self.clean_encoder.frozen]
         with self.autocast():
             feat_clean: Tensor = self.clean_encoder(x)
+        for buffer, kept in zip(self.clean_encoder.trunk.buffers(), before, strict=False):
+            torch.where(buffer.isfinite(), buffer, kept, out=buffer)  # an overflow would stay in them for good
         return feat_clean
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -196,6 +201,17 @@ class TrainState:
         if self.clean_encoder is not None and not self.clean_encoder.frozen:
             files["clean_encoder"] = dict(self.clean_encoder.state_dict())
         return files
+
+    def depends_on(self) -> dict[str, str]:
+        """Return the digest of a frozen g: no checkpoint holds it, and a resumed run must find the same one."""
+        if self.clean_encoder is None or not self.clean_encoder.frozen:
+            return {}
+        if self._encoder_digest is None:
+            digest = hashlib.sha256()
+            for tensor in self.clean_encoder.state_dict().values():
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            self._encoder_digest = digest.hexdigest()[:16]
+        return {"clean encoder": self._encoder_digest}
 
     @region("optimizer")
     def statistics(self) -> list[Tensor]:

@@ -65,7 +65,11 @@ def standard_step(state: TrainState, config: TrainConfig, batch: Batch, draw: Dr
         with region("train_step"):
             state.step_engine.run(partial(_update_on_whole, state, config), inputs)
     else:
-        _update_on(state, config, attacked())
+        views_of_parts = attacked()
+        if state.engine is not None and state.engine.name == "eager":
+            # All attacked before the first forward moves the running statistics, as by an engine with its own copy.
+            views_of_parts = iter(list(views_of_parts))
+        _update_on(state, config, views_of_parts)
     _enqueue(state, features, batch.index)
 
 

@@ -347,3 +347,36 @@ def test_write_ffcv_tool_is_the_data_write_command(tmp_path: Path) -> None:
     assert again.returncode == 3
     assert "--force" in again.stderr or "force" in again.stderr
     assert os.access(tool, os.X_OK)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--eval-steps"], "--eval-steps: expected one or more"),
+        (["--stall-timeout", "inf"], "--stall-timeout: expected a finite number, got inf"),
+        (["--warmup-epochs", "nan"], "--warmup-epochs: expected a finite number, got nan"),
+        (["--denoise", "--width", "1"], "--width: expected at least 2 beside --denoise"),
+        (["--device", "meta"], "--device: expected cpu, cuda or cuda:N, got meta"),
+        (["--batch-size", "64", "--grad-accum-steps", "64"], "expected at least two images in every part"),
+        (["--batch-size", "4", "--no-drop-last"], "expected at least two images in every part"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.run(["train", *words, "--output", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_memory_is_one_line_and_code_6(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(tokens: object, **options: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore lines")
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert cli.run(["doctor"]) == 6
+    assert "lower --batch-size" in capsys.readouterr().err

@@ -22,7 +22,7 @@ def test_mcnemar_is_the_binomial_test(wins: int, losses: int) -> None:
 
 
 def test_holm_multiplies_by_the_tests_that_are_left_and_keeps_the_order() -> None:
-    pairs = [Paired("a", "b", str(p), 1.0, 1, 0, p) for p in (0.04, 0.01, 0.5, 0.03)]
+    pairs = [Paired("a", "b", str(p), 1.0, 1, 0, p, agree=True) for p in (0.04, 0.01, 0.5, 0.03)]
     assert [pair.p for pair in holm(pairs)] == pytest.approx([0.09, 0.04, 0.5, 0.09])
 
 
@@ -48,12 +48,13 @@ def test_the_report_counts_images_of_all_seeds(tmp_path: Path) -> None:
 
 def test_nothing_is_claimed_where_the_images_do_not_separate() -> None:
     pairs = [
-        vars(Paired("that", "at", "clean", 0.5, 6, 4, 0.75)),
-        vars(Paired("that", "at", "pgd3", -9.0, 0, 30, 1e-8)),
+        vars(Paired("that", "at", "clean", 0.5, 6, 4, 0.75, agree=True)),
+        vars(Paired("that", "at", "pgd3", -9.0, 0, 30, 1e-8, agree=True)),
+        vars(Paired("that", "at", "pgd9", 9.0, 30, 0, 1e-8, agree=False)),
     ]
     worse, rest = sentences(pairs)
     assert worse.startswith("that is worse than at under pgd3: -9.00 points")
-    assert rest == "not separated from at: that under clean (+0.50)"
+    assert rest == "not separated from at: that under clean (+0.50), that under pgd9 (+9.00)"
 
 
 @pytest.mark.slow
@@ -72,9 +73,11 @@ def test_a_comparison_trains_evaluates_and_continues(tmp_path: Path, monkeypatch
     def refuse(words: list[str], method: str) -> None:
         raise AssertionError(f"{method} was run again")
 
-    monkeypatch.setattr(compare, "_call", refuse)
-    assert run(words) == 0
-    assert json.loads((tmp_path / "c" / "compare.json").read_text()) == first
+    with monkeypatch.context() as patched:
+        patched.setattr(compare, "_call", refuse)
+        assert run(words) == 0
+        assert json.loads((tmp_path / "c" / "compare.json").read_text()) == first
+    assert run([*words, "--weight-decay", "0"]) == 4  # the runs that are there were trained otherwise
 
 
 def test_a_run_that_cannot_be_trained_ends_it_with_what_it_said(tmp_path: Path) -> None:
@@ -87,3 +90,25 @@ def test_bad_words_are_refused(words: list[str], capsys: pytest.CaptureFixture[s
     assert run(["compare", *words, "--output", str(tmp_path / "c")]) == 2
     assert not (tmp_path / "c").exists()
     assert words[0] in capsys.readouterr().err
+
+
+def test_what_has_not_begun_does_not_begin_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[str, int]] = []
+
+    def fail(plan: Plan, method: str, seed: int, say: object) -> None:
+        begun.append((method, seed))
+        raise UsageError("no")
+
+    monkeypatch.setattr(compare, "_run", fail)
+    with pytest.raises(UsageError, match="no"):
+        compare.compare(plan_of(tmp_path, seeds=tuple(range(50))))
+    assert len(begun) < 100
+
+
+def test_seeds_that_disagree_are_said(tmp_path: Path) -> None:
+    right, wrong = np.ones(40, dtype=bool), np.zeros(40, dtype=bool)
+    hits = {("at", 0): {"clean": wrong}, ("that", 0): {"clean": right}}
+    hits |= {("at", 1): {"clean": right[:9]}, ("that", 1): {"clean": wrong[:9]}}
+    (pair,) = compare.report(plan_of(tmp_path), hits)["paired"]
+    assert pair["p"] < 0.05
+    assert not pair["agree"]

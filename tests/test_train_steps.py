@@ -259,3 +259,48 @@ def test_loss_scaler_path_trains_and_skips_on_cpu(amp: str, rung: str) -> None:
     assert int(state.updates) == 2
     for a, b in zip(before, state.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.changes_rng
+def test_engines_agree_where_a_batch_comes_in_parts() -> None:
+    """All parts are attacked as the network was before the step, whoever computes the gradients."""
+    found = []
+    for engine in ("eager", "folded"):
+        config = tiny_config(steps=2, grad_accum_steps=2, attack_engine=engine)
+        state = tiny_state(config)
+        for step in range(2):
+            standard_step(state, config, make_batch(step), Draw(0, 0, step), num_classes=CLASSES)
+        found.append(torch.cat([p.detach().flatten() for p in state.model.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("bank", ["queue", "dataset"])
+def test_a_clean_feature_that_overflowed_costs_one_step(bank: str) -> None:
+    options: dict[str, Any] = {"bank_kind": bank} | ({"num_negatives": 6} if bank == "dataset" else {})
+    config = tiny_config(steps=1, **options)
+    state = tiny_state(config)
+    assert state.clean_encoder is not None
+    forward = state.clean_encoder.forward
+    for step in range(4):
+        batch = make_batch(step)
+        if step == 1:
+            state.clean_encoder.forward = lambda x: forward(x) * torch.inf  # type: ignore[method-assign]
+        else:
+            state.clean_encoder.forward = forward  # type: ignore[method-assign]
+        standard_step(state, config, batch, Draw(0, 0, step), num_classes=CLASSES)
+    assert int(state.updates) == 3
+    assert state.bank is not None
+    assert all(tensor.isfinite().all() for tensor in state.bank.state().values())
+
+
+def test_momentum_statistics_survive_an_overflow() -> None:
+    config = tiny_config(steps=1)
+    state = tiny_state(config)
+    assert state.clean_encoder is not None
+    before = [buffer.clone() for buffer in state.clean_encoder.trunk.buffers()]
+    x = torch.full((4, 3, SIDE, SIDE), torch.inf, dtype=torch.float64)
+    state.clean_features(x)
+    after = list(state.clean_encoder.trunk.buffers())
+    assert all(buffer.isfinite().all() for buffer in after)
+    state.clean_features(torch.rand(4, 3, SIDE, SIDE, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))

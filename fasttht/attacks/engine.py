@@ -18,13 +18,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fasttht import kernels
+from fasttht import kernels, log
 from fasttht.attacks.folded import FoldedNet
 from fasttht.attacks.fused import FusedGradient
 from fasttht.attacks.graph import CudaRecorder, GraphedAttack, Recorder
@@ -209,7 +209,30 @@ def _compiled(net: FoldedNet, loss_scale: float) -> tuple[InputGradient, _InputG
     # The functional gradient, because autograd.grad is not traced; the shape is part of the compiled code.
     gradient: InputGradient = torch.compile(torch.func.grad(loss), fullgraph=True, dynamic=False)
     of_input: _InputGradientLaidOut = torch.compile(torch.func.grad(loss_of_input), fullgraph=True, dynamic=False)
-    return (lambda x, y: gradient(x.detach(), y)), of_input
+    plain, plain_of_input = _by_autograd(net, loss_scale)
+    return _OrPlain(lambda x, y: gradient(x.detach(), y), plain), _OrPlain(of_input, plain_of_input)
+
+
+class _OrPlain:
+    """A compiled function; or, from the first time that the compiler fails on, which is said, the plain one."""
+
+    def __init__(self, compiled: Callable[..., Tensor], plain: Callable[..., Tensor]) -> None:
+        from torch._dynamo.exc import TorchDynamoException  # a second that the other engines need not wait
+
+        self._compiled, self._plain, self._error = compiled, plain, TorchDynamoException
+        self._failed = False
+
+    def __call__(self, *args: Any) -> Tensor:
+        if self._failed:
+            return self._plain(*args)
+        try:
+            return self._compiled(*args)
+        except self._error as error:  # raised before anything has run
+            self._failed = True
+            cause = getattr(error, "inner_exception", error)
+            why = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            log.say(f"attack engine: folded from here on; compiling failed: {why}")
+            return self._plain(*args)
 
 
 def _by_hand(net: FoldedNet, loss_scale: float) -> tuple[InputGradient, _InputGradientLaidOut]:

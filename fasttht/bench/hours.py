@@ -34,8 +34,14 @@ def plan_preset(
         return None
     if preset == QUICKSTART:
         raise UsageError(f"--preset: expected a preset that trains on ImageNet, got {preset}; it takes minutes: run it")
-    config = resolve(from_flat(read_preset(preset), where=f"preset {preset}"))
+    options = read_preset(preset)
+    config = resolve(from_flat(options, where=f"preset {preset}"))
     free = config.attack.replay > 1
+    if config.method.objective != "that" or config.model.denoise or options.get("clean_encoder") == "momentum":
+        raise UsageError(
+            f"--preset: expected one that trains plain THAT with a frozen clean encoder, got {preset}; "
+            "hours are only told for a step that was measured"
+        )
     wanted: list[tuple[str, object, object]] = [
         ("--arch", config.model.arch, arch), ("--stem", config.model.stem, stem),
         ("--width", config.model.width, width), ("--img-size", config.data.img_size, img_size),

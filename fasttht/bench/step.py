@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -96,18 +97,18 @@ def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[
             kinds[name + suffix] = _make_step(settings, objective, replay, engine, device)
     jobs = {name: kind.run for name, kind in kinds.items()}
     seconds = time_jobs(jobs, device, windows=settings.windows, progress=progress)
-    reference = min((name for name in kinds if name.startswith(CLEAN)), key=lambda name: sorted(seconds[name]))
+    reference = min((name for name in kinds if name.startswith(CLEAN)), key=lambda name: median(seconds[name]))
     rows = summarise_jobs(seconds, batch_size_of(settings.batch_size, device), reference)
     watched = break_down(jobs, device, windows=settings.windows, progress=progress)
     progress("copying and multiplying, for the machine's best")
     copy = copy_bandwidth(device, windows=settings.windows, buffer_bytes=settings.probe_bytes)
     peak = arithmetic_peak(device, windows=settings.windows, side=settings.probe_side)
     for row in rows:
-        low, median, high = (
+        low, middle, high = (
             1 / ratio for ratio in (row["ratio_quartiles"][1], row["ratio"], row["ratio_quartiles"][0])
         )
         kind = kinds[row["name"]]
-        row |= {"clean_steps": median, "clean_steps_quartiles": [low, high]}
+        row |= {"clean_steps": middle, "clean_steps_quartiles": [low, high]}
         row |= {"engine": kind.cost.engine, "step_engine": kind.step_engine}
         row |= watched[row["name"]]
         row |= _judged(row, kind.cost, settings, device, copy["gb_per_s"], peak["tflops"])

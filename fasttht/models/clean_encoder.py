@@ -95,7 +95,7 @@ def load_frozen(model: TwoHead | Encoder, path: Path, arch: str | None = None) -
     moco_checkpoint; `arch` is then compared with the file's own); or a run folder: then its clean encoder if it has one
     (pre-training's result, or the momentum encoder), else its robust encoder. What a file is, its first bytes say.
 
-    Raises: CheckpointError naming the first key that is missing or of another shape.
+    Raises: CheckpointError naming the first key that is missing, of another shape, not finite or too many.
     """
     encoder = CleanEncoder(model, frozen=True)
     published = path.is_file() and is_torch_file(path)
@@ -105,12 +105,22 @@ def load_frozen(model: TwoHead | Encoder, path: Path, arch: str | None = None) -
     own = encoder.state_dict()
     if published:
         tensors = read_moco(path, own, arch)
+    unknown = sorted(name for name in tensors.keys() - own.keys() if name.split(".")[0] in ("trunk", "feature_head"))
+    if unknown:
+        raise CheckpointError(
+            f"{path}: expected a clean encoder of the same --arch, got one with {unknown[0]} and {len(unknown) - 1} "
+            "more tensors that this one lacks; a deeper network's weights would be cut"
+        )
     for name, tensor in own.items():
         found = tensors.get(name)
         if found is None:
             raise CheckpointError(
                 f"{path}: expected {name} of shape {tuple(tensor.shape)}, got no such tensor; "
                 "is it a clean encoder of the same --arch, --stem and --width, with a feature head?"
+            )
+        if not found.isfinite().all():
+            raise CheckpointError(
+                f"{path}: expected finite numbers in {name}, got others; the run overflowed: take another"
             )
         if found.shape != tensor.shape:
             raise CheckpointError(

@@ -302,3 +302,22 @@ def test_a_network_that_has_diverged_gives_nan_and_not_zero() -> None:
         with torch.no_grad():
             model.trunk.layer2[0].conv1.weight[0, 0, 0, 0] = torch.nan
         assert FoldedEngine("fused", model, dtype=dtype).gradient(images(2, 32, dtype), torch.arange(2)).isnan().all()
+
+
+def test_a_compiler_that_fails_is_said_once_and_the_plain_function_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    from torch._dynamo.exc import TorchDynamoException
+
+    from fasttht.attacks.engine import _OrPlain
+
+    tried: list[int] = []
+
+    def compiled(x: torch.Tensor) -> torch.Tensor:
+        tried.append(1)
+        raise TorchDynamoException("no compiler works\nhere")
+
+    function = _OrPlain(compiled, lambda x: x + 1)
+    for _ in range(3):
+        assert torch.equal(function(torch.ones(2)), torch.full((2,), 2.0))
+    assert len(tried) == 1
+    out = capsys.readouterr()
+    assert (out.out + out.err).count("compiling failed: no compiler works") == 1
