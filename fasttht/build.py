@@ -12,6 +12,7 @@ from fasttht.config import TrainConfig
 from fasttht.config_file import AnyConfig
 from fasttht.errors import UsageError
 from fasttht.models.clean_encoder import CleanEncoder, load_frozen
+from fasttht.models.initial import load_initial_
 from fasttht.models.two_head import TwoHead
 from fasttht.pipelines import backends
 from fasttht.pipelines.loader import Loader
@@ -19,7 +20,7 @@ from fasttht.pipelines.plan import Augment, EpochPlan
 from fasttht.pipelines.samples import Paged
 from fasttht.pipelines.splits import Splits
 from fasttht.resolve import passes
-from fasttht.schedule import Schedule
+from fasttht.schedule import ProgressiveSize, Schedule
 from fasttht.state import TrainState
 from fasttht.traits import TRAITS
 
@@ -77,6 +78,7 @@ def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> 
             feat_dim=settings.feat_dim if traits.has_feature_head else None,
             denoise=settings.denoise,
             mixture_bn=traits.mixture_bn,
+            bn_group_size=settings.bn_group_size,
         )
     return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
@@ -173,6 +175,7 @@ def build_loader(
         samples,
         plan,
         img_size=data.img_size,
+        size_of=progressive_size(config) if train else None,
         device=device,
         decoder=name,
         workers=_workers(config),
@@ -181,6 +184,14 @@ def build_loader(
         report=report,
         stall_s=data.stall_timeout,
     )
+
+
+def progressive_size(config: AnyConfig) -> ProgressiveSize | None:
+    """Return the side of the training images as a function of the pass, or None if it is always the same."""
+    if not isinstance(config, TrainConfig) or not config.optim.progressive_size:
+        return None
+    assert config.optim.progressive_epochs is not None, "the config was not resolved"
+    return ProgressiveSize(config.optim.progressive_size, config.data.img_size, *config.optim.progressive_epochs)
 
 
 def build_schedule(config: TrainConfig, steps_per_pass: int) -> Schedule:
@@ -204,10 +215,17 @@ def build_state(
     device: torch.device,
     steps_per_pass: int,
     *,
+    resumed: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> TrainState:
-    """Build the whole state of a fresh run. report: told in one line of a step engine that does not work."""
+    """Build the whole state of a fresh run, or, if it is `resumed`, one that a checkpoint will be copied into.
+
+    Only a fresh one reads `--init`. report: told in one line what was taken from there, and of a step engine that does
+    not work.
+    """
     model = build_model(config, splits.num_classes, device)
+    if config.model.init is not None and not resumed:
+        report(load_initial_(model, config.model.init))
     return TrainState(
         config,
         model,

@@ -94,6 +94,10 @@ class ModelConfig:
     "Size of the feature head's output."
     denoise: bool = False
     "Add a feature denoising block (Xie et al. 2019) behind each of the four stages; the attack is then eager."
+    bn_group_size: int = 0
+    "Images that BN normalises together in training, as if on a GPU of their own (the paper: 128); 0: all it is given."
+    init: Path | None = None
+    "Start from these weights: a run folder, or a safetensors or PyTorch file of ours or with torchvision's names."
 
 
 @dataclass(kw_only=True)
@@ -184,7 +188,9 @@ class OptimConfig:
     nesterov: bool = True
     "Nesterov momentum."
     weight_decay: float = 1e-4
-    "Decay of convolution and linear weights; BN, biases and eta never decay. 0 disables."
+    "Decay of convolution and linear weights; BN, biases and eta do not decay. 0 disables."
+    decay_all: bool = False
+    "Decay BN and biases as well, as Free's authors do."
     warmup_epochs: float = 5.0
     "Epochs of linear warm-up from --warmup-lr; 0 disables."
     warmup_lr: float = 0.0
@@ -203,6 +209,10 @@ class OptimConfig:
     "Keep an exponential moving average of the weights, and evaluate that."
     model_ema_decay: float = 0.9998
     "Decay of the moving average; ramps up over the first updates."
+    progressive_size: int = 0
+    "Side of the training images at first; it grows to --img-size (progressive resolution). 0 disables."
+    progressive_epochs: Annotated[tuple[int, int] | None, Pair] = None
+    "With --progressive-size: passes after which the side begins to grow and is --img-size, in a line between."
     drop_last: bool = True
     "Leave the short last batch out of each pass."
 

@@ -156,7 +156,7 @@ def _fill(config: _Config, options: dict[str, Any], where: str) -> _Config:
                 value = left.pop(option.name)
                 if option.name in ("eps", "alpha"):
                     value = float(Fraction(value))
-                elif option.name in ("data", "output"):
+                elif option.name in ("data", "output", "init"):
                     value = Path(value)
                 setattr(part, option.name, tuple(value) if isinstance(value, list) else value)
     if left:

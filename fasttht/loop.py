@@ -24,7 +24,7 @@ from fasttht.config_file import AnyConfig, identity
 from fasttht.errors import CheckpointError, Interrupted, NonFiniteError, UsageError
 from fasttht.metrics import Clock, Meter
 from fasttht.pipelines.loader import Loader
-from fasttht.pipelines.splits import open_splits
+from fasttht.pipelines.splits import Splits, open_splits
 from fasttht.run_folder import METRICS, TIMING, RunFolder
 from fasttht.signals import stop_signals
 
@@ -84,14 +84,14 @@ class Loop(ABC, Generic[Item]):
     steps_per_pass: int
     num_passes: int
 
-    def __init__(self, config: AnyConfig, output: Path) -> None:
+    def __init__(self, config: AnyConfig, output: Path, splits: Splits | None = None) -> None:
         if config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UsageError(
                 '--tensorboard: expected the tensorboard package, got none; run: pip install "fasttht[tensorboard]"'
             )
         self._config = config
         self.device = open_device(config)
-        self.splits = open_splits(config.data.data)
+        self.splits = open_splits(config.data.data) if splits is None else splits
         self.folder = RunFolder(output)
         self._seen = checkpoint.listing(self.folder.path)
         self._newest = self._find_checkpoint()

@@ -20,7 +20,7 @@ class Meter:
     """Sums since the last row, kept on the device and read once per row.
 
     Losses, correct predictions and images are sums over the images that were trained on (replays counted), the rest
-    sums over optimizer steps.
+    sums over optimizer steps. parts: summands of an objective that NAMES does not have.
     """
 
     NAMES = (
@@ -28,22 +28,23 @@ class Meter:
         "nan_grad", "grad_norm", "skipped", "steps",
     )  # fmt: skip
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, parts: tuple[str, ...] = ()) -> None:
+        self.names = (*self.NAMES, *(name for name in parts if name not in self.NAMES))
+        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
 
     def add(self, **values: Tensor | float) -> None:
         """Add to the named sums, in place."""
-        unknown = values.keys() - set(self.NAMES)
-        assert not unknown, f"meter: expected names of {self.NAMES}, got {sorted(unknown)}"
+        unknown = values.keys() - set(self.names)
+        assert not unknown, f"meter: expected names of {self.names}, got {sorted(unknown)}"
         row = [
             value.to(torch.float64) if isinstance(value, Tensor) else self.sums.new_full((), value)
-            for value in (values.get(name, 0.0) for name in self.NAMES)
+            for value in (values.get(name, 0.0) for name in self.names)
         ]
         self.sums += torch.stack(row)
 
     def read(self) -> dict[str, float]:
         """Return the sums and clear them. This waits for the device."""
-        values = dict(zip(self.NAMES, self.sums.tolist(), strict=True))
+        values = dict(zip(self.names, self.sums.tolist(), strict=True))
         self.sums.zero_()
         return values
 
@@ -68,9 +69,9 @@ def means(sums: dict[str, float], *, attacked: bool, parts: tuple[str, ...]) -> 
 def figures(row: dict[str, Any], timing: dict[str, float]) -> dict[str, str]:
     """Return the few figures that people watch, as text."""
     shown = {"loss": f"{row['loss']:.3f}", "cls": f"{row['loss_cls']:.3f}"}
-    for part in ("cl", "kl", "alp"):
-        if f"loss_{part}" in row:
-            shown[part] = f"{row[f'loss_{part}']:.3f}"
+    for name, value in row.items():
+        if name.startswith("loss_") and name not in ("loss_cls", "loss_scale"):
+            shown[name.removeprefix("loss_")] = f"{value:.3f}"
     name = "adv" if "adv_top1" in row else "clean"
     shown[f"{name} top-1"] = f"{row[f'{name}_top1']:.1f}%"
     return shown | {"img/s": f"{timing['img_per_s']:.0f}", "wait": f"{timing['data_wait_pct']:.0f}%"}

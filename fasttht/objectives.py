@@ -2,7 +2,8 @@
 
 Each runs f exactly once: where it needs clean and adversarial images, on concat[clean, adv], because DDP allows one
 forward for each backward. BN then normalises both halves together, where the TRADES authors' two forwards normalise
-each alone; mixture BN keeps them apart. What an objective asks of its attack, and of f, is in traits.py.
+each alone; mixture BN keeps them apart. A group of ghost BN has both halves of its images, as a GPU would. What an
+objective asks of its attack, and of f, is in traits.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 from fasttht.bank import Bank
 from fasttht.config import MethodConfig
 from fasttht.losses import contrastive, kl_divergence, logit_pairing, normalized_cross_entropy
-from fasttht.models.mixture_bn import through
+from fasttht.models.ghost_bn import group_size_of, interleave, paired, separate
+from fasttht.models.mixture_bn import has_mixture_bn, through
 from fasttht.models.two_head import TwoHead
 
 
@@ -215,6 +217,10 @@ def gather_negatives(
 
 def _both(model: TwoHead, views: Views) -> tuple[Tensor, Tensor]:
     """Return the logits of clean and of attacked images, (B, C) each, from one forward."""
+    size = 0 if has_mixture_bn(model) else group_size_of(model)
+    if size:
+        with paired(model):
+            return separate(model(interleave(views.x, views.x_adv, size)).logits, size)
     logits, logits_adv = model(torch.cat([views.x, views.x_adv])).logits.chunk(2)
     return logits, logits_adv
 

@@ -93,6 +93,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
             optim.decay_milestones = (third, 2 * third)
         else:
             optim.decay_milestones = tuple(round(optim.epochs * share) for share in (0.35, 0.6, 0.9))
+    _check_progressive(config)
+    if config.model.init is not None:
+        config.model.init = config.model.init.absolute()
     if data.data is not None:  # a run folder must be readable from any working directory
         data.data = data.data.absolute()
     if method.clean_encoder not in (None, "momentum"):
@@ -182,6 +185,36 @@ def _check_finite(config: TrainConfig) -> None:
                     raise UsageError(f"--{name.replace('_', '-')}: expected a finite number, got {number}")
 
 
+def _check_progressive(config: TrainConfig) -> None:
+    """Refuse a ramp of image sizes that cannot be. Raises: UsageError naming the flag and what to do."""
+    size, ramp, full = config.optim.progressive_size, config.optim.progressive_epochs, config.data.img_size
+    if not size:
+        if ramp is not None:
+            raise UsageError(
+                f"--progressive-epochs: expected --progressive-size beside it, got {ramp[0]} {ramp[1]} alone; "
+                "give the size to begin with"
+            )
+        return
+    if config.attack.replay > 1:
+        raise UsageError(
+            f"--progressive-size: expected no --replay beside it, got --replay {config.attack.replay}; free training "
+            "keeps one perturbation for the whole run, which has one shape"
+        )
+    if not 0 < size < full:
+        raise UsageError(f"--progressive-size: expected a size below --img-size {full}, got {size}; 0 disables")
+    if ramp is None:
+        raise UsageError(
+            f"--progressive-epochs: expected two epochs beside --progressive-size {size}, got nothing; "
+            "the passes after which the size begins to grow and is --img-size"
+        )
+    assert config.optim.epochs is not None, "filled in above"
+    if not 0 <= ramp[0] <= ramp[1] < config.optim.epochs:
+        raise UsageError(
+            f"--progressive-epochs: expected 0 <= begin <= end < --epochs {config.optim.epochs}, "
+            f"got {ramp[0]} {ramp[1]}; the last passes must see --img-size"
+        )
+
+
 def check_ranges(config: TrainConfig) -> None:
     """Refuse numbers outside their ranges. Raises: UsageError naming the flag, the range and the value."""
     data, attack, method, optim = config.data, config.attack, config.method, config.optim
@@ -223,6 +256,11 @@ def check_ranges(config: TrainConfig) -> None:
     for flag, value in shares:
         if value is not None and not 0 <= value <= 1:
             raise UsageError(f"{flag}: expected a number in [0, 1], got {value:g}")
+    if config.model.bn_group_size < 0 or config.model.bn_group_size == 1:
+        raise UsageError(
+            f"--bn-group-size: expected 0 or at least 2, got {config.model.bn_group_size}; BN has no statistics of one "
+            "image"
+        )
     if not data.crop_pct > 0:
         raise UsageError("--crop-pct: expected more than 0, got 0; 1 keeps the whole short side")
     if not data.stall_timeout > 0:

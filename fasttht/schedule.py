@@ -1,8 +1,9 @@
-"""The learning rate as a function of the number of optimizer updates taken."""
+"""What changes in the course of a run: the learning rate with the updates taken, the image size with the passes."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -64,3 +65,28 @@ class CosineSchedule:
         """Return the () float64 learning rate of the next update, given the () count of those taken."""
         share = (updates.to(torch.float64) / self.total).clamp(max=1)
         return self.lr * 0.5 * (1 + torch.cos(math.pi * share))
+
+
+@dataclass(frozen=True)
+class ProgressiveSize:
+    """The side of the training images in each pass: `first` up to pass `begin`, `full` from pass `end`.
+
+    Between them it grows in a line, rounded to multiples of 32 where `full` is 128 or more and to multiples of 4 below
+    (the strides of the trunk with the `imagenet` and most of the `small` stem); never outside first .. full, which are
+    taken as they are. Passes are counted from 0.
+    """
+
+    first: int
+    full: int
+    begin: int
+    end: int
+
+    def __call__(self, epoch: int) -> int:
+        """Return the side of the images of a pass."""
+        if epoch >= self.end:
+            return self.full
+        if epoch <= self.begin:
+            return self.first
+        step = 32 if self.full >= 128 else 4
+        exact = self.first + (self.full - self.first) * (epoch - self.begin) / (self.end - self.begin)
+        return min(max(math.floor(exact / step + 0.5) * step, self.first), self.full)

@@ -142,7 +142,7 @@ class TrainState:
         # the update
         self.lr = torch.zeros((), device=device)
         self.optimizer = GuardedSGD(
-            decay_groups(model, optim.weight_decay),
+            decay_groups(model, optim.weight_decay, decay_all=optim.decay_all),
             momentum=optim.momentum,
             nesterov=optim.nesterov,
             lr=self.lr,
@@ -165,7 +165,7 @@ class TrainState:
         self.step_engine = build_step_engine(config, model, self.bank, report=report, abandon=self.abandon_)
         # progress
         self.step = 0
-        self.meter = Meter(device)
+        self.meter = Meter(device, TRAITS[method.objective].parts)
 
     def autocast(self) -> torch.autocast:
         """Return a fresh autocast context; a fresh one, because its weight cache must not outlive a backward."""

@@ -8,7 +8,7 @@ captured  fused, with everything between two waits of the host recorded as one C
           training, or of a standard step what follows its attack.
 
 A batch of another size than the run's, the short last one of a pass, is always computed eagerly: code and recordings
-are for one shape.
+are for one shape. So are, with --progressive-size, the passes before images have their final size.
 """
 
 from __future__ import annotations
@@ -65,10 +65,14 @@ def run_plainly(work: Work, inputs: Inputs, *, times: int = 1) -> None:
 class CompiledLoss:
     """The forward and the objective as one compiled function, for parts of `rows` images; plain for others.
 
+    side: with images of this side only; None: of any.
+
     What the compiler cannot do is said once, through `report`, and then computed plainly.
     """
 
-    def __init__(self, plain: Loss, rows: int, report: Report, *, backend: str = "inductor") -> None:
+    def __init__(
+        self, plain: Loss, rows: int, report: Report, *, backend: str = "inductor", side: int | None = None
+    ) -> None:
         def traced(
             x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor, feat_clean: Tensor | None
         ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -77,13 +81,14 @@ class CompiledLoss:
 
         from torch._dynamo.exc import TorchDynamoException  # a second that the other rungs need not wait
 
-        self._plain, self._rows, self._report, self._error = plain, rows, report, TorchDynamoException
+        self._plain, self._report, self._error = plain, report, TorchDynamoException
+        self._rows, self._side = rows, side
         # The shape is part of the compiled code.
         self._compiled = torch.compile(traced, fullgraph=True, dynamic=False, backend=backend)
         self._failed, self._ran = False, False
 
     def __call__(self, views: Views) -> Terms:
-        if self._failed or len(views.y) != self._rows:
+        if self._failed or not _fits(views.x, self._rows, self._side):
             return self._plain(views)
         try:
             with warnings.catch_warnings() if not self._ran else nullcontext():
@@ -146,17 +151,21 @@ class Captured:
     inside of it (`set_to_none`), so they have fixed addresses and need neither clearing nor adding. All else that a
     step changes is changed in place: a checkpoint holds the same tensors as without a recording.
 
+    side: images of another side are no full batch; None: of any.
     abandon: puts the host's side in order after a recording that failed; memory may not suffice for one.
     """
 
-    def __init__(self, recorder: Recorder, rows: int, report: Report, abandon: Callable[[], None]) -> None:
-        self._recorder, self._rows, self._report, self._abandon = recorder, rows, report, abandon
+    def __init__(
+        self, recorder: Recorder, rows: int, report: Report, abandon: Callable[[], None], *, side: int | None = None
+    ) -> None:
+        self._recorder, self._report, self._abandon = recorder, report, abandon
+        self._rows, self._side = rows, side
         self._warm, self._failed = False, False
         self._inputs: Inputs = {}
         self._replay: Callable[[], None] | None = None
 
     def __call__(self, work: Work, inputs: Inputs, *, times: int = 1) -> None:
-        if self._failed or len(inputs["y"]) != self._rows:
+        if self._failed or not _fits(inputs["x"], self._rows, self._side):
             run_plainly(work, inputs, times=times)
         elif not self._warm:
             self._recorder.warm(lambda: run_plainly(work, inputs, times=times))
@@ -180,6 +189,10 @@ class Captured:
             self._abandon()
             self._report(f"step engine: nothing is captured from here on; recording failed: {_first_line(error)}")
         return not self._failed
+
+
+def _fits(x: Tensor, rows: int, side: int | None) -> bool:
+    return len(x) == rows and side in (None, x.shape[-1])
 
 
 def _first_line(error: BaseException) -> str:
@@ -213,16 +226,19 @@ def build_step_engine(
     def loss(views: Views) -> Terms:
         return objective(model, views, bank, method, smoothing=optim.smoothing)
 
+    side = config.data.img_size if optim.progressive_size else None
     if name == "compiled":
         rows = optim.batch_size // optim.grad_accum_steps
-        return StepEngine(name, reason, CompiledLoss(loss, rows, report, backend=backend), run_plainly)
+        return StepEngine(name, reason, CompiledLoss(loss, rows, report, backend=backend, side=side), run_plainly)
     if name in ("fused", "captured"):
         why = _cannot_fuse(device)
         if why is not None or not fuse_norms(model):
-            reason += f"; without fused norms: {why or 'the network has none that could be'}"
+            ghost = "ghost batch norms (--bn-group-size) are no single op"
+            none = ghost if config.model.bn_group_size else "the network has none that could be"
+            reason += f"; without fused norms: {why or none}"
     if name == "captured":
         recorder = recorder or CudaRecorder(device)
-        return StepEngine(name, reason, loss, Captured(recorder, optim.batch_size, report, abandon))
+        return StepEngine(name, reason, loss, Captured(recorder, optim.batch_size, report, abandon, side=side))
     return StepEngine(name, reason, loss, run_plainly)
 
 

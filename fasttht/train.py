@@ -8,7 +8,7 @@ from typing import Any
 from fasttht import log
 from fasttht.attacks.pgd import Draw
 from fasttht.augment import augment_batch, training_recipe
-from fasttht.build import build_loader, build_state, describe_loader
+from fasttht.build import build_loader, build_state, describe_loader, progressive_size
 from fasttht.config import TrainConfig
 from fasttht.config_file import digest, length_text, radius_text
 from fasttht.evaluate import evaluate, record, threats
@@ -16,6 +16,7 @@ from fasttht.loop import Loop
 from fasttht.metrics import figures, means
 from fasttht.models.two_head import CosineClassifier
 from fasttht.pipelines.loader import Batch, Loader
+from fasttht.pipelines.splits import Splits
 from fasttht.resolve import passes
 from fasttht.state import TrainState
 from fasttht.steps import free_step, standard_step
@@ -34,6 +35,9 @@ def default_output(config: TrainConfig) -> Path:
 class Trainer(Loop[Batch]):
     """One run of `fasttht train`, from its start or its newest checkpoint.
 
+    splits: data sets of one's own (`pipelines.samples.Samples`), in place of what `--data` names; a resume needs the
+    same ones.
+
     Raises (on construction, before anything is written): DataError, UsageError, CheckpointError.
     """
 
@@ -41,15 +45,18 @@ class Trainer(Loop[Batch]):
     loader: Loader
     state: TrainState
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, splits: Splits | None = None) -> None:
         assert config.optim.epochs is not None, "the config was not resolved"
-        super().__init__(config, config.run.output or default_output(config))
+        super().__init__(config, config.run.output or default_output(config), splits)
         self.config = config
         self.loader = build_loader(config, self.splits, self.device, train=True, report=log.say)
         self.eval_loader = build_loader(config, self.splits, self.device, train=False)
         self.steps_per_pass = self.loader.plan.num_steps
         self.num_passes = passes(config, config.optim.epochs)
-        self.state = build_state(config, self.splits, self.device, self.steps_per_pass, report=log.say)
+        self.state = build_state(
+            config, self.splits, self.device, self.steps_per_pass, resumed=self.resumed, report=log.say
+        )
+        self.img_size = progressive_size(config)
         self.traits = TRAITS[config.method.objective]
         self.recipe = training_recipe(config.data)
         self._begin()
@@ -68,6 +75,9 @@ class Trainer(Loop[Batch]):
             f"{self.num_passes} passes ({optim.epochs} epochs at replay {settings.replay}) of {self.steps_per_pass} "
             f"steps, batch {optim.batch_size}, lr {optim.lr:g}",
         ]
+        if self.img_size is not None:
+            size = self.img_size
+            lines.append(f"images of {size.first} pixels, growing to {size.full} in passes {size.begin} to {size.end}")
         lines.append(describe_loader(config, self.splits, self.device))
         if self.state.engine is not None:
             lines.append(f"attack engine {self.state.engine.name}: {self.state.engine.reason}")
@@ -96,6 +106,8 @@ class Trainer(Loop[Batch]):
         row: dict[str, Any] = means(sums, attacked=self.traits.attacked, parts=self.traits.parts)
         if isinstance(self.state.model.classifier, CosineClassifier):
             row["logit_scale"] = float(self.state.model.classifier.scale.detach())
+        if self.img_size is not None:
+            row["img_size"] = self.img_size(self.loader.epoch)
         return row
 
     def _figures(self, row: dict[str, Any], timing: dict[str, float]) -> dict[str, str]:

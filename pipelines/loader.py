@@ -42,6 +42,9 @@ class Loader:
     `plan` is the template: its seed, batch size, augmentation and rank hold for every epoch, its `epoch` is where
     the loader starts. `decoder` is the name of one of `backends.DECODERS`, with `workers` threads.
 
+    size_of: the side of the images in each epoch, where it is not always img_size. It must be a function of the epoch
+    alone, so that a resumed epoch is what it was; a new size opens the decoder anew.
+
     on_bad says what a sample does that cannot be read or decoded. error: it ends the epoch. replace: another row, which
     depends on (seed, epoch, row) alone, takes its place; `report` is called once with a sentence about each bad row,
     and more than `max_bad` different ones are an error. Evaluation (a plan without augmentation) always raises.
@@ -59,6 +62,7 @@ class Loader:
         plan: EpochPlan,
         *,
         img_size: int,
+        size_of: Callable[[int], int] | None = None,
         device: torch.device | str = "cpu",
         decoder: str = "turbo",
         workers: int = 1,
@@ -70,7 +74,8 @@ class Loader:
     ) -> None:
         self.samples = samples
         self.plan = plan
-        self.img_size = img_size
+        self.img_size = img_size  # of the epoch that was entered last
+        self._size_of = size_of
         self.device = torch.device(device)
         self.stages = Stages()
         self.step = 0
@@ -95,6 +100,9 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current epoch, then move to the start of the next."""
+        if self._size_of is not None and (size := self._size_of(self.plan.epoch)) != self.img_size:
+            self.close()
+            self.img_size = size
         if self._decoder is None:
             self._decoder = open_decoder(
                 self._decoder_name, self.samples, img_size=self.img_size, workers=self._workers,

@@ -3,7 +3,7 @@
 eager     the network itself, under autocast. Any module, any BN mode.
 folded    the network rebuilt for input gradients only: BN folded into the convolutions once per training step (in at
           least float32, then rounded), weights persistent in one type and channels-last, no autocast.
-compiled  folded, with the pointwise passes fused by torch.compile.
+compiled  folded, with the pointwise passes fused by torch.compile; anew for each of the first eight shapes.
 fused     folded, with a hand-written backward: ReLU masks and residual additions in one pass each.
 
 All return the gradient of the sum over the batch of the cross entropy, in pixels, times a power of two; and all run the
@@ -214,25 +214,32 @@ def _compiled(net: FoldedNet, loss_scale: float) -> tuple[InputGradient, _InputG
 
 
 class _OrPlain:
-    """A compiled function; or, from the first time that the compiler fails on, which is said, the plain one."""
+    """A compiled function, and the plain one where there is no compiled one.
+
+    That is for good once the compiler has failed, which is said; and for shapes that come when torch keeps as much code
+    of one function as it will: eight shapes, and growing images (`--progressive-size`) may have more.
+    """
 
     def __init__(self, compiled: Callable[..., Tensor], plain: Callable[..., Tensor]) -> None:
-        from torch._dynamo.exc import TorchDynamoException  # a second that the other engines need not wait
+        from torch._dynamo import exc  # a second that the other engines need not wait
 
-        self._compiled, self._plain, self._error = compiled, plain, TorchDynamoException
+        self._compiled, self._plain = compiled, plain
+        self._error, self._is_full = exc.TorchDynamoException, exc.FailOnRecompileLimitHit
         self._failed = False
+        self._refused: set[torch.Size] = set()
 
-    def __call__(self, *args: Any) -> Tensor:
-        if self._failed:
-            return self._plain(*args)
-        try:
-            return self._compiled(*args)
-        except self._error as error:  # raised before anything has run
-            self._failed = True
-            cause = getattr(error, "inner_exception", error)
-            why = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-            log.say(f"attack engine: folded from here on; compiling failed: {why}")
-            return self._plain(*args)
+    def __call__(self, x: Tensor, *rest: Any) -> Tensor:
+        if not self._failed and x.shape not in self._refused:
+            try:
+                return self._compiled(x, *rest)
+            except self._is_full:  # both raised before anything has run
+                self._refused.add(x.shape)
+            except self._error as error:
+                self._failed = True
+                cause = getattr(error, "inner_exception", error)
+                why = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+                log.say(f"attack engine: folded from here on; compiling failed: {why}")
+        return self._plain(x, *rest)
 
 
 def _by_hand(net: FoldedNet, loss_scale: float) -> tuple[InputGradient, _InputGradientLaidOut]:

@@ -7,7 +7,7 @@ bias, running_mean, running_var and num_batches_tracked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -24,13 +24,15 @@ class MixtureBatchNorm2d(nn.Module):
     first half of concat[clean, adv] through the clean one and the second through the adversarial one. The batch is the
     one that this process sees at once, so halves never mix over ranks or micro-batches.
 
+    norm: what makes each branch's layer; ghost BN then has its groups inside each half.
+
     Shapes: x (B, C, H, W), B even for `split`; returns the same.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, norm: Callable[[int], nn.BatchNorm2d] = nn.BatchNorm2d) -> None:
         super().__init__()
-        self.clean = nn.BatchNorm2d(channels)
-        self.adversarial = nn.BatchNorm2d(channels)
+        self.clean = norm(channels)
+        self.adversarial = norm(channels)
         self.branch: Branch = "adversarial"
 
     def forward(self, x: Tensor) -> Tensor:

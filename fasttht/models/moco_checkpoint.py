@@ -43,7 +43,7 @@ def read_moco(path: Path, own: dict[str, Tensor], arch: str | None = None) -> di
     architecture, a MoCo v1 (one linear projection), a supervised network (none), or what is missing, extra or of
     another shape.
     """
-    stored = _load(path)
+    stored = load_torch_file(path)
     found = stored.get("arch")
     if arch is not None and isinstance(found, str) and found != arch:
         raise CheckpointError(f"{path}: expected a clean encoder of --arch {arch}, got one of {found}")
@@ -65,10 +65,12 @@ def read_moco(path: Path, own: dict[str, Tensor], arch: str | None = None) -> di
     return {name: tensors.get(name, expected) for name, expected in own.items()}
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """Read a torch.save file with the reader that knows tensors and plain values only.
+def load_torch_file(path: Path) -> dict[str, Any]:
+    """Read a dict from a torch.save file with the reader that knows tensors and plain values only.
 
     Whatever a foreign file makes it raise is the file's fault, hence the bare Exception.
+
+    Raises: CheckpointError, also for a file that asks to run code; none of it was run.
     """
     try:
         with path.open("rb") as file:  # given a name, torch.load would look at its ending
@@ -101,15 +103,15 @@ def _query(path: Path, stored: dict[str, Any]) -> dict[str, Tensor]:
             foreign.append(full)
     if query and foreign:
         raise CheckpointError(
-            f"{path}: expected tensors of encoder_q, encoder_k and the queue only, got {_some(foreign)} as well"
+            f"{path}: expected tensors of encoder_q, encoder_k and the queue only, got {some(foreign)} as well"
         )
     if not query and "conv1.weight" in {name.removeprefix("module.") for name in foreign}:
         raise CheckpointError(
-            f"{path}: expected a MoCo v2 checkpoint with encoder_q.*, got a plain ResNet ({_some(foreign)}); "
+            f"{path}: expected a MoCo v2 checkpoint with encoder_q.*, got a plain ResNet ({some(foreign)}); "
             "THAT needs the projection that contrastive training made, which a supervised network does not have"
         )
     if not query:
-        raise CheckpointError(f"{path}: expected a MoCo v2 checkpoint with encoder_q.*, got {_some(foreign)}")
+        raise CheckpointError(f"{path}: expected a MoCo v2 checkpoint with encoder_q.*, got {some(foreign)}")
     return query
 
 
@@ -121,7 +123,7 @@ def _check(path: Path, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> No
         if names:
             theirs = [_published(name) for name in names]
             raise CheckpointError(
-                f"{path}: expected the tensors of this --arch and a MoCo v2 projection, got {words} {_some(theirs)}; "
+                f"{path}: expected the tensors of this --arch and a MoCo v2 projection, got {words} {some(theirs)}; "
                 "is it of the same --arch?"
             )
     for name, tensor in tensors.items():
@@ -141,6 +143,7 @@ def _published(name: str) -> str:
     return _QUERY + name.removeprefix("trunk.").replace("feature_head.", "fc.")
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """Return the first three names, and how many more there are."""
     shown = ", ".join(names[:3]) or "nothing"
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

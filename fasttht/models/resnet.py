@@ -7,12 +7,14 @@ and torchvision cannot be installed beside every torch build.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fasttht.models.denoise import DenoisingBlock
+from fasttht.models.ghost_bn import GhostBatchNorm2d
 from fasttht.models.mixture_bn import MixtureBatchNorm2d, norms
 
 Norm = Callable[[int], nn.Module]
@@ -84,7 +86,8 @@ class ResNet(nn.Module):
     Stem `imagenet`: 7x7 stride 2 and a 3x3 max-pool; `small`: 3x3 stride 1, no pool (images up to ~64 px).
     `width` is the channel count of the first stage, 64 in the standard networks.
     `denoise` adds a denoising block behind the last block of each stage, as that stage's last child: the keys of the
-    others are the same with and without. `mixture_bn` makes every BN a clean and an adversarial one.
+    others are the same with and without. `mixture_bn` makes every BN a clean and an adversarial one. `bn_group_size`
+    above 0 makes them ghost BN, which has the same keys.
 
     Raises: ValueError for an unknown architecture or stem.
     """
@@ -97,6 +100,7 @@ class ResNet(nn.Module):
         width: int = 64,
         denoise: bool = False,
         mixture_bn: bool = False,
+        bn_group_size: int = 0,
     ) -> None:
         super().__init__()
         if arch not in ARCHS:
@@ -111,7 +115,10 @@ class ResNet(nn.Module):
         else:
             self.conv1 = _conv(3, width, 3)
             self.maxpool = nn.Identity()
-        self._norm: Norm = MixtureBatchNorm2d if mixture_bn else nn.BatchNorm2d
+        norm: Callable[[int], nn.BatchNorm2d] = nn.BatchNorm2d
+        if bn_group_size:
+            norm = partial(GhostBatchNorm2d, group_size=bn_group_size)
+        self._norm: Norm = partial(MixtureBatchNorm2d, norm=norm) if mixture_bn else norm
         self._denoise = denoise
         self.bn1 = self._norm(width)
         self.relu = nn.ReLU(inplace=True)

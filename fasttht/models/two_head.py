@@ -109,10 +109,13 @@ class TwoHead(nn.Module):
         feat_dim: int | None = 128,
         denoise: bool = False,
         mixture_bn: bool = False,
+        bn_group_size: int = 0,
     ) -> None:
         super().__init__()
         self.normalize = Normalize()
-        self.trunk = ResNet(arch, stem=stem, width=width, denoise=denoise, mixture_bn=mixture_bn)
+        self.trunk = ResNet(
+            arch, stem=stem, width=width, denoise=denoise, mixture_bn=mixture_bn, bn_group_size=bn_group_size
+        )
         self.classifier: CosineClassifier | nn.Linear
         if classifier == "cosine":
             self.classifier = CosineClassifier(self.trunk.num_features, num_classes, scale_init)
@@ -135,8 +138,12 @@ class TwoHead(nn.Module):
         return at_least_float32(self.classifier(h))
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split parameters for SGD: convolution and linear weights decay; BN, biases and s do not."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    kept = [p for p in model.parameters() if p.ndim < 2]
+def decay_groups(model: nn.Module, weight_decay: float, *, decay_all: bool = False) -> list[dict[str, object]]:
+    """Split parameters for SGD: convolution and linear weights decay; BN, biases and s do not.
+
+    decay_all: BN and biases decay too. s, the only parameter without a dimension, never does: it is a temperature.
+    """
+    least = 1 if decay_all else 2
+    decayed = [p for p in model.parameters() if p.ndim >= least]
+    kept = [p for p in model.parameters() if p.ndim < least]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
