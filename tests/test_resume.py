@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from fasttht import checkpoint
+from fasttht import checkpoint, loop
+from fasttht.build import build_model
 from fasttht.config import TrainConfig
 from fasttht.config_file import from_flat, read_preset
 from fasttht.errors import CheckpointError, Interrupted, UsageError
@@ -86,6 +88,39 @@ def test_resume_at_every_step_equals_the_uninterrupted_run(mode: str, tmp_path: 
         for key in ("step", "loader", "identity"):
             assert meta[key] == expected_meta[key]
         assert meta["rows"]["metrics.jsonl"] == expected_meta["rows"]["metrics.jsonl"]
+
+
+@pytest.mark.changes_rng
+def test_a_run_goes_on_with_the_frozen_encoder_it_started_with_and_no_other(tmp_path: Path) -> None:
+    """Its weights are in no checkpoint, so a file that has changed must be noticed."""
+    options = {**MODES["free"], "clean_encoder": str(tmp_path / "g.safetensors")}
+    torch.manual_seed(0)
+    first, other = (encoder_of(config_of(tmp_path / "run", **MODES["free"])) for _ in range(2))
+    save_file(first, tmp_path / "g.safetensors")
+    assert Trainer(config_of(tmp_path / "run", **options)).fit(stop_at=2) is None
+    save_file(other, tmp_path / "g.safetensors")
+    with pytest.raises(CheckpointError, match="expected the clean encoder that the run started with"):
+        Trainer(config_of(tmp_path / "run", **options))
+    save_file(first, tmp_path / "g.safetensors")
+    assert Trainer(config_of(tmp_path / "run", **options)).state.step == 2
+
+
+def encoder_of(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """A clean encoder for that network, with other weights at each call."""
+    state = build_model(config, 10, torch.device("cpu")).state_dict()
+    return {
+        name: torch.rand_like(tensor).contiguous() if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+        if not name.startswith("classifier.")
+    }
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path / "run", **MODES["at"])
+    Trainer(config).fit(stop_at=1)
+    monkeypatch.setattr(loop, "META_VERSION", loop.META_VERSION + 1)
+    with pytest.raises(CheckpointError, match="continue it with the release that wrote it"):
+        Trainer(config)
 
 
 def test_a_run_says_how_it_takes_its_steps(tmp_path: Path) -> None:

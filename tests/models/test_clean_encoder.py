@@ -231,3 +231,21 @@ def test_a_refused_file_leaves_the_model_as_it_was(weights: Path) -> None:
     with pytest.raises(CheckpointError):
         load_frozen(model, weights)
     assert changed(model, before) == set()
+
+
+def test_a_deeper_networks_weights_are_refused_and_not_cut(weights: Path) -> None:
+    deeper = TwoHead("resnet34", 5, stem="small", width=4, feat_dim=6)
+    save_file(snapshot(deeper), weights)
+    with pytest.raises(
+        CheckpointError, match=r"expected a clean encoder of the same --arch, got one with trunk\.layer"
+    ):
+        load_frozen(network(), weights)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_weights_that_are_not_finite_are_refused(weights: Path, value: float) -> None:
+    stored = encoder_part(network())
+    stored["trunk.bn1.running_var"][1] = value
+    save_file(stored, weights)
+    with pytest.raises(CheckpointError, match=r"expected finite numbers in trunk\.bn1\.running_var"):
+        load_frozen(network(), weights)
