@@ -87,7 +87,7 @@ REFUSED: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("that", {"bank_kind": "dataset", "negatives": "batch"}, ("--bank-kind", "batch")),
     ("that", {"bank_kind": "dataset", "num_negatives": 0}, ("--num-negatives", "at least 1")),
     ("trades", {"trades_beta": -1.0}, ("--trades-beta", "at least 0")),
-    ("at-kl", {"lambda_kl": float("nan")}, ("--lambda-kl", "at least 0")),
+    ("at-kl", {"lambda_kl": float("nan")}, ("--lambda-kl", "expected a finite number, got nan")),
     ("alp", {"lambda_alp": -0.5}, ("--lambda-alp", "at least 0")),
     ("at", {"start_clean_prob": 1.5}, ("--start-clean-prob", "[0, 1]")),
     ("clean-con", {"data": Path("folder")}, ("--clean-encoder", "momentum")),
