@@ -27,6 +27,7 @@ def data_write(
     quality: int = 95,
     seed: int = 0,
     val_fraction: float = 0.1,
+    subset: float | None = None,
     workers: int = 0,
     on_error: Literal["abort", "skip"] = "abort",
     max_errors: int = 100,
@@ -54,6 +55,8 @@ def data_write(
         Seed of the order in which images are laid down, and of the hold-out.
     val_fraction
         Share of each class held out where a folder has no val split.
+    subset
+        Keep fewer images of each split, a share below 1 or a number of them: as many of each class, drawn by the seed.
     workers
         Threads that read, decode and encode; 0: one per core. The files do not depend on it.
     on_error
@@ -67,6 +70,8 @@ def data_write(
     dry_run
         Only count the images, estimate the size from one image in 100, and look at the free space.
     """
+    from fasttht.pipelines.subset import is_amount
+
     if (source is None) != (kind == "digits"):
         got = "nothing" if source is None else str(source)
         expected = "no --source for digits" if kind == "digits" else f"--source FOLDER for {kind}"
@@ -75,6 +80,8 @@ def data_write(
         raise UsageError(f"--quality: expected 1 to 100, got {quality}")
     if not 0 < val_fraction < 1:
         raise UsageError(f"--val-fraction: expected a share between 0 and 1, got {val_fraction:g}")
+    if subset is not None and not is_amount(subset):
+        raise UsageError(f"--subset: expected a share below 1 or a whole number of images, got {subset:g}")
     if max_resolution is not None and max_resolution < 0:
         raise UsageError(f"--max-resolution: expected a number of pixels, or 0, got {max_resolution}")
     if workers < 0:
@@ -87,6 +94,7 @@ def data_write(
         "quality": quality,
         "seed": seed,
         "val_fraction": val_fraction,
+        "subset": subset,
         "workers": workers,
     }
     if dry_run:
@@ -94,18 +102,14 @@ def data_write(
     from fasttht import log
     from fasttht.pipelines.writer import write_dataset
 
-    try:
-        with log.WriteScreen() as screen:
-            reports = write_dataset(
-                kind, source, output, **settings, force=force, resume=resume, on_error=on_error, max_errors=max_errors,
-                progress=lambda split, tally: screen.advance(
-                    split, tally.done, tally.total, tally.num_bytes, resumed=tally.resumed,
-                    counts={**tally.counts, "skipped": len(tally.skipped)},
-                ),
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        log.fail("stopped; the same command with --resume goes on, if the write had come far enough to be kept")
-        return 130
+    with log.WriteScreen() as screen:
+        reports = write_dataset(
+            kind, source, output, **settings, force=force, resume=resume, on_error=on_error, max_errors=max_errors,
+            progress=lambda split, tally: screen.advance(
+                split, tally.done, tally.total, tally.num_bytes, resumed=tally.resumed,
+                counts={**tally.counts, "skipped": len(tally.skipped)},
+            ),
+        )  # fmt: skip
     _show_reports(output, reports)
     return 0
 
@@ -137,20 +141,21 @@ def data_verify(path: Path, /, *, workers: int = 0) -> int:
             )
     log.table(
         str(path),
-        ("file", "images", "problems", "classes", "per class"),
+        ("file", "images", "problems", "classes"),
         (
             (
                 verdict.path.name,
                 f"{verdict.num_samples:,}",
                 f"{verdict.num_problems:,}",
                 len(verdict.histogram),
-                f"{min(verdict.histogram):,} to {max(verdict.histogram):,}" if verdict.histogram else "",
             )
             for verdict in verdicts
         ),
     )
     for verdict in verdicts:
         compared = "all compared" if verdict.checksums else "none to compare"
+        if verdict.histogram:
+            log.say(f"{verdict.path.name}: images per class: {verdict.describe_histogram()}")
         log.say(f"{verdict.path.name}: checksums {compared}; stock FFCV {verdict.stock}")
         for problem in verdict.problems:
             log.say(problem)

@@ -11,6 +11,6 @@ class DataError(Exception):
 
 
 class ResourceError(DataError):
-    """The disk has no room for what was asked for. The command line exits with 6."""
+    """The machine has no room on the disk, no memory, or no batch in time. The command line exits with 6."""
 
     exit_code = 6

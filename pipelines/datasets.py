@@ -18,7 +18,6 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from fasttht.pipelines import DataError
-from fasttht.pipelines.decode_turbo import image_size
 from fasttht.pipelines.plan import STREAM_WRITE, Index, hash_rows
 from fasttht.pipelines.samples import Pixels, Sample, Samples
 
@@ -274,6 +273,8 @@ def _unreadable(path: Path, error: OSError) -> DataError:
 
 
 def _size_in_file(path: Path) -> tuple[int, int]:
+    from fasttht.pipelines.decode_turbo import image_size  # OpenCV and Pillow, which the digits need not
+
     try:
         with open(path, "rb") as file:
             head = file.read(_HEADER_BYTES)

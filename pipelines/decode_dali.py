@@ -19,61 +19,41 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from contextlib import suppress
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import simplejpeg
 import torch
 from torch import Tensor
 
-from fasttht.pipelines import DataError
+from fasttht.pipelines import DataError, ResourceError
+from fasttht.pipelines.dali_graph import DEPTH, Backend, import_dali, make_graph
 from fasttht.pipelines.decode_turbo import decode_into, decode_rgb, is_jpeg, jpeg_header
 from fasttht.pipelines.decoder import Decoded, Request
 from fasttht.pipelines.host_memory import HostMemory
 from fasttht.pipelines.samples import Sample, Samples
 from fasttht.pipelines.stages import IDLE, Stages
 
-# Batches that DALI works on at a time. One is 15 % slower: its threads idle at the end of each batch.
-_DEPTH = 2
-
 # What DALI raises: the type is that of its C++ exception.
 _DALI_ERRORS = (RuntimeError, ValueError, IndexError, TypeError)
 
-_Backend = Literal["cpu", "mixed"]
 _Encoded = dict[int, Sample]
 """The JPEGs of a request that DALI decodes, by their position in it, ascending."""
 
 
-def make_graph(backend: _Backend, device_id: int | None, *, workers: int, max_batch: int, img_size: int) -> Any:
-    """Return a DALI pipeline, not yet built, from `_inputs` to (S, S, 3) uint8; "mixed" does it on the GPU."""
-    fn, types, pipeline = _import_dali()
-    graph = pipeline.Pipeline(max_batch, workers, device_id, prefetch_queue_depth=_DEPTH)
-    with graph:
-        # On the CPU DALI reads the samples where they lie, in the mapped file: `_Job` holds them until it is done.
-        jpeg = fn.external_source(name="jpeg", dtype=types.UINT8, ndim=1, no_copy=backend == "cpu")
-        start, shape = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape"))
-        begin, end = (fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("begin", "end"))
-        flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
-        images = fn.decoders.image_slice(
-            jpeg, start, shape, axis_names="HW", device=backend, output_type=types.RGB,
-            adjust_orientation=False,  # EXIF is ignored, as everywhere here
-            jpeg_fancy_upsampling=True,  # chroma as libjpeg-turbo interpolates it, on the GPU too
-            affine=False,  # ranks on one node would all be tied to the same cores
-        )  # fmt: skip
-        images = fn.resize(
-            images, roi_start=begin, roi_end=end, size=[img_size] * 2, interp_type=types.INTERP_LINEAR, antialias=True
-        )
-        graph.set_outputs(fn.flip(images, horizontal=flip))
-    return graph
+def try_out(device: torch.device | None) -> None:
+    """Build a small pipeline, on the CPU if `device` is None, and run it. Raises: ImportError; ResourceError."""
+    if device is not None and not torch.cuda.is_available():
+        raise ResourceError("loader dali: expected a GPU that torch can use, got none; take the loader turbo")
+    import_dali()
+    pipe = _Pipe(_device_id(device), workers=1, img_size=8)
+    pipe.open(1)
+    pipe.close()
 
 
-def _import_dali() -> tuple[Any, Any, Any]:
-    try:
-        return tuple(import_module(f"nvidia.dali.{name}") for name in ("fn", "types", "pipeline"))  # type: ignore[return-value]
-    except ModuleNotFoundError as error:
-        raise ImportError(f'loader dali: expected NVIDIA DALI, got {error}; run: pip install "fasttht[dali]"') from None
+def _device_id(device: torch.device | None) -> int | None:
+    return None if device is None else torch.empty(0, device=device).get_device()  # "cuda" is the current one
 
 
 def _inputs(request: Request, encoded: _Encoded, size: int) -> dict[str, Any]:
@@ -109,24 +89,24 @@ class _Pipe:
         self._error: Exception | None = RuntimeError("no pipeline was built")
 
     def open(self, max_batch: int) -> None:
-        """Build it, in the place of an older one, and try it out. Raises: RuntimeError if it does not work."""
+        """Build it, in the place of an older one, and try it out. Raises: ResourceError if it does not work."""
         self.close()
         self.max_batch, self._error = max_batch, None
-        backend: _Backend = "cpu" if self._device_id is None else "mixed"
+        backend: Backend = "cpu" if self._device_id is None else "mixed"
         trial = Request(np.zeros(1, np.int64), np.array([[8, 8]]), np.array([[0, 0, 8, 8]]), np.zeros(1, np.bool_))
         jpeg = np.frombuffer(simplejpeg.encode_jpeg(np.zeros((8, 8, 3), dtype=np.uint8)), dtype=np.uint8)
         try:
             self._graph = make_graph(
                 backend, self._device_id, workers=self._workers, max_batch=max_batch, img_size=self._img_size
             )
-            for _ in range(_DEPTH):  # so many batches does DALI's first run take
+            for _ in range(DEPTH):  # so many batches does DALI's first run take
                 self._feed(trial, {0: Sample("jpg", jpeg, 8, 8)})
             self._graph.schedule_run()
-            for _ in range(_DEPTH):
+            for _ in range(DEPTH):
                 self.take(None)
         except _DALI_ERRORS as error:
             self._error = error
-            raise RuntimeError(
+            raise ResourceError(
                 f"loader dali: expected a pipeline for {max_batch} images of {self._img_size} pixels, "
                 f"got {_first_line(error)!r}; take the loader turbo"
             ) from error
@@ -192,8 +172,8 @@ class DaliDecoder:
     whose result is never taken costs its decoding and nothing else. A request larger than any before it makes a new
     pipeline, in which those in flight start anew.
 
-    Raises: ImportError without DALI; ValueError for a device that is no GPU. From `start` and `result` RuntimeError, if
-    DALI fails and not because of a sample.
+    Raises: ImportError without DALI; ValueError for a device that is no GPU. From `start` and `result` ResourceError,
+    if DALI fails and not because of a sample.
     """
 
     def __init__(
@@ -202,11 +182,11 @@ class DaliDecoder:
     ) -> None:  # fmt: skip
         if device is not None and device.type != "cuda":
             raise ValueError(f"dali-gpu: expected a CUDA device, got {device}; take dali-cpu or turbo")
-        _import_dali()
+        import_dali()
         self.name = "dali-cpu" if device is None else "dali-gpu"
         self._samples, self._memory, self._stages = samples, memory, stages
         self._img_size, self._device = img_size, device
-        device_id = None if device is None else torch.empty(0, device=device).get_device()  # "cuda" is the current one
+        device_id = _device_id(device)
         self._pipe, self._single = (_Pipe(device_id, workers=workers, img_size=img_size) for _ in range(2))
         self._jobs: deque[_Job] = deque()  # in flight, oldest first
         self._closed = False
@@ -247,8 +227,10 @@ class DaliDecoder:
         while self._jobs[0] is not job:
             track.enter("decode", -1)
             if self._jobs[0].encoded:
-                with suppress(*_DALI_ERRORS):  # the pipe remembers, and the job that is wanted will find out
+                try:
                     self._pipe.take(None)
+                except _DALI_ERRORS:  # the job that is wanted will find out
+                    self._pipe.close()  # before the samples go that it may still read
             self._jobs.popleft()
         try:
             num, size, gpu = len(job.request.index), self._img_size, self._device
@@ -297,6 +279,7 @@ class DaliDecoder:
         If each image by itself is fine, the error was that of a job behind this one, or it comes again.
         """
         track, later, num_bad = self._stages.track(), list(self._jobs)[1:], len(job.bad)
+        self._pipe.close()
         self._single.open(1)
         for position, sample in job.encoded.items():
             track.enter("decode", int(job.request.index[position]))
@@ -313,7 +296,7 @@ class DaliDecoder:
             try:
                 self._take(job, pixels)
             except _DALI_ERRORS as again:
-                raise RuntimeError(
+                raise ResourceError(
                     f"{self.name}: expected a decoded batch, got {_first_line(again)!r} from DALI and no sample that "
                     "causes it; try a smaller batch, or the loader turbo"
                 ) from error

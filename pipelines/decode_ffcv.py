@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 
 from fasttht.pipelines import DataError
-from fasttht.pipelines.decode_turbo import decode_rgb, is_jpeg, jpeg_header
+from fasttht.pipelines.decode_turbo import check_pixels, decode_rgb, is_jpeg, jpeg_header
 from fasttht.pipelines.samples import Pixels
 
 if TYPE_CHECKING:
@@ -128,7 +128,10 @@ class _Kernels:
     def _scratch(self, shape: tuple[int, int]) -> Pixels:
         num_bytes = shape[0] * shape[1] * 3
         if num_bytes > _MAX_SCRATCH_BYTES:
-            return np.empty((*shape, 3), dtype=np.uint8)
+            try:
+                return np.empty((*shape, 3), dtype=np.uint8)
+            except MemoryError:
+                raise DataError("expected an image that memory has room for, got one too large") from None
         buffer: Pixels | None = getattr(self._local, "buffer", None)
         if buffer is None or buffer.size < num_bytes:
             buffer = self._local.buffer = np.empty(num_bytes, dtype=np.uint8)
@@ -138,6 +141,7 @@ class _Kernels:
         """Resize to a short side of `short_side` pixels and take the centre: decode_turbo's geometry, to the pixel."""
         height, width = pixels.shape[:2]
         tall, wide = (int(short_side * side / min(height, width)) for side in (height, width))
+        check_pixels(tall, wide, f"an image with {short_side} on its short side")
         resized = np.empty((tall, wide, 3), dtype=np.uint8)
         self._resize_window(pixels, (0, 0, height, width), resized)
         top, left = (round((side - len(out)) / 2) for side in (tall, wide))

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fasttht.pipelines import DataError
+from fasttht.pipelines.manifest import sync
 
 VERSION = 1
 
@@ -66,13 +67,16 @@ def append_commit(path: Path, settings: Mapping[str, Any], records: Records, rea
     """Add a commit, with the settings before the first one. It is on the disk when this returns."""
     lines: list[dict[str, Any]] = [{"records": base64.b64encode(records.tobytes()).decode("ascii"), "reasons": reasons}]
     with open(path, "ab") as file:
-        if file.tell() == 0:
+        begins = file.tell() == 0
+        if begins:
             lines.insert(0, {"version": VERSION, "settings": dict(settings)})
         for line in lines:
             text = json.dumps(line).encode("ascii")
             file.write(b"%08x %s\n" % (zlib.crc32(text), text))
         file.flush()
         os.fsync(file.fileno())
+    if begins:
+        sync(path.parent)
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:

@@ -15,6 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -32,12 +33,17 @@ __all__ = ["Batch", "Loader"]
 
 STATE_VERSION = 2
 
+# How often a waiting consumer is called back.
+_WAIT_S = 0.5
+
 # How long a closed loader waits for its producer. It ends within one sample, unless a read or a driver holds it.
 _END_S = 5.0
 
 
 class Loader:
     """Iterate over one epoch's remaining batches; iterating again continues with the next epoch.
+
+    One iterator at a time: `close`, or a new one, ends an older one, whose `next` then raises ValueError.
 
     `plan` is the template: its seed, batch size, augmentation and rank hold for every epoch, its `epoch` is where
     the loader starts. `decoder` is the name of one of `backends.DECODERS`, with `workers` threads.
@@ -49,11 +55,13 @@ class Loader:
     depends on (seed, epoch, row) alone, takes its place; `report` is called once with a sentence about each bad row,
     and more than `max_bad` different ones are an error. Evaluation (a plan without augmentation) always raises.
 
-    stall_s: how many seconds without a batch mean that something is stuck.
+    stall_s: how many seconds without a batch mean that something is stuck. waiting: called about every second in which
+    none has come; what it raises ends the epoch's iteration, between two batches.
 
     `wait_s` is the time the consumer has spent waiting for batches, in seconds; `stages` knows what the threads did.
 
-    Raises: DataError from the consumer's `next` if a sample cannot be read or decoded; ResourceError on a stall.
+    Raises: ValueError for the numbers; from the consumer's `next` DataError if a sample cannot be read or decoded,
+    ResourceError on a stall.
     """
 
     def __init__(
@@ -71,7 +79,10 @@ class Loader:
         max_bad: int = 100,
         report: Callable[[str], None] | None = None,
         stall_s: float = 600.0,
+        waiting: Callable[[], None] = lambda: None,
     ) -> None:
+        if workers < 1 or prefetch < 1:
+            raise ValueError(f"loader: expected at least one worker and one batch ahead, got {workers} and {prefetch}")
         self.samples = samples
         self.plan = plan
         self.img_size = img_size  # of the epoch that was entered last
@@ -88,7 +99,7 @@ class Loader:
         self._replaces = on_bad == "replace" and plan.augment is not None
         self._max_bad = max_bad
         self._report = report
-        self._stall_s = stall_s
+        self._stall_s, self._waiting = stall_s, waiting
         self._stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -100,6 +111,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current epoch, then move to the start of the next."""
+        if self._active is not None:
+            _end(*self._active)
         if self._size_of is not None and (size := self._size_of(self.plan.epoch)) != self.img_size:
             self.close()
             self.img_size = size
@@ -141,13 +154,19 @@ class Loader:
     def _next(self, ready: Ready) -> Item | None:
         """Wait for the next batch, or None at the end. Raises: the producer's error, or ResourceError on a stall."""
         start = time.perf_counter()
-        try:
-            item = ready.get(timeout=self._stall_s)
-        except queue.Empty:
-            raise ResourceError(
-                f"loader: expected a batch within {self._stall_s:g} s, got none; {self._stuck()}; "
-                "check the disk, or raise --stall-timeout"
-            ) from None
+        item: Item | BaseException | None
+        while True:
+            left = start + self._stall_s - time.perf_counter()
+            try:
+                item = ready.get(timeout=min(max(left, 0), _WAIT_S))
+                break
+            except queue.Empty:
+                self._waiting()
+            if left <= _WAIT_S:
+                raise ResourceError(
+                    f"loader: expected a batch within {self._stall_s:g} s, got none; {self._stuck()}; "
+                    "check the disk, or raise --stall-timeout"
+                )
         self.wait_s += time.perf_counter() - start
         if isinstance(item, BaseException):
             raise item
@@ -159,8 +178,21 @@ class Loader:
         if found is None:
             return "no thread is at work"
         stage, row, thread, seconds = found
-        what = f"{stage} of {self.samples.where(row)}" if row >= 0 else stage
+        what = f"{stage} of {self._where(row)}" if row >= 0 else stage
         return f"stuck for {seconds:.0f} s in {what} ({thread})"
+
+    def _where(self, row: int) -> str:
+        """Name a row without waiting for long: its name may lie on the very disk that is stuck."""
+        names = [f"{self.samples.path}, row {row}"]
+
+        def ask() -> None:
+            with suppress(Exception):
+                names.append(self.samples.where(row))
+
+        thread = threading.Thread(target=ask, name="fasttht-where", daemon=True)
+        thread.start()
+        thread.join(timeout=_END_S)
+        return names[-1]
 
     def _note(self, found: tuple[BadSample, ...]) -> None:
         """Count and report what the batch about to be delivered had to replace."""
@@ -196,16 +228,18 @@ class Loader:
             "seed": self.plan.seed,
             "batch_size": self.plan.batch_size,
             "fingerprint": self.samples.fingerprint,
+            "order": "random" if self.plan.pages is None else "paged",
             "bad_rows": sorted(self.bad_rows),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a position; refuses one of another data set, seed or batch size.
+        """Continue from a position; refuses one of another data set, seed, batch size or order.
 
         Raises: DataError naming the first difference.
         """
         own = self.state_dict()
-        for key in ("version", "seed", "batch_size", "fingerprint"):
+        state = {"order": own["order"], **state}  # older ones have none
+        for key in ("version", "seed", "batch_size", "fingerprint", "order"):
             if state.get(key) != own[key]:
                 raise DataError(
                     f"loader state: expected {key} {own[key]}, got {state.get(key)}; "
@@ -217,7 +251,10 @@ class Loader:
 
 
 def _end(stop: threading.Event, ready: Ready, thread: threading.Thread) -> None:
-    """Unblock a producer that waits for room, and wait until it ends; one that is stuck is left behind."""
+    """Unblock a producer that waits for room, wait until it ends, and have whoever waits for it told.
+
+    A producer that is stuck is left behind.
+    """
     stop.set()
     deadline = time.perf_counter() + _END_S
     while thread.is_alive() and time.perf_counter() < deadline:
@@ -225,3 +262,8 @@ def _end(stop: threading.Event, ready: Ready, thread: threading.Thread) -> None:
             ready.get_nowait()
         except queue.Empty:
             thread.join(timeout=0.01)
+    with suppress(queue.Empty):
+        while True:
+            ready.get_nowait()
+    with suppress(queue.Full):
+        ready.put_nowait(ValueError("loader: expected an iterator in use, got one that was closed or replaced"))

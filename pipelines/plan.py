@@ -116,6 +116,10 @@ class EpochPlan:
         full, rest = divmod(self.num_samples, self.batch_size)
         return full + int(rest > 0 and not self.drop_last)
 
+    def images(self, step: int) -> int:
+        """Return how many images the global batch of `step` has, those of all ranks."""
+        return min(self.batch_size, self.num_samples - step * self.batch_size)
+
     def order(self) -> Index:
         """Return the whole epoch's dataset rows, (num_samples,)."""
         rows = np.arange(self.num_samples, dtype=np.int64)
@@ -135,8 +139,11 @@ class EpochPlan:
     def replacement(self, row: int, attempt: int) -> int:
         """Return the row shown in place of one that cannot be decoded: another one, by a draw of (epoch, row).
 
-        Its window and flip are its own of this epoch; it may be shown twice in it. attempt counts from 0.
+        Its window and flip are its own of this epoch; it may be shown twice in it. attempt counts from 0. Of a single
+        row there is no other: it is its own replacement.
         """
+        if self.num_samples == 1:
+            return row
         key = hash_rows(STREAM_REPLACE, self.seed, self.epoch, attempt, np.array([row], dtype=np.int64))
         drawn = int(uniforms(key, 1)[0, 0] * (self.num_samples - 1))
         return drawn + int(drawn >= row)

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fasttht.pipelines import DataError
-from fasttht.pipelines.decode_turbo import decode_into
 from fasttht.pipelines.decoder import Decoded, Decoder, Job, Request
 from fasttht.pipelines.plan import EpochPlan, Index
 from fasttht.pipelines.samples import Paged, Samples
@@ -130,7 +129,7 @@ class Producer:
         ready.put(None)
 
     def _request(self, index: Index) -> Request:
-        heights, widths = self._samples.sizes(index)
+        heights, widths = self._sizes(index)
         evaluates = self._plan.augment is None
         return Request(
             index=index,
@@ -139,6 +138,18 @@ class Producer:
             flips=self._plan.flips(index),
             short_side=round(self._img_size / self._plan.crop_pct) if evaluates else None,
         )
+
+    def _sizes(self, index: Index) -> tuple[Index, Index]:
+        """Return the sizes of rows; 1 x 1 where a file does not tell, and whose decoding then says why."""
+        try:
+            return self._samples.sizes(index)
+        except DataError:
+            found = np.ones((len(index), 2), dtype=np.int64)
+            for position in range(len(index)):
+                with suppress(DataError):
+                    one = self._samples.sizes(index[position : position + 1])
+                    found[position] = np.concatenate(one)
+            return found[:, 0], found[:, 1]
 
     def _finish(self, request: Request, job: Job, track: Track) -> Item:
         """Take a decoded batch, mend it, and send it to the device."""
@@ -179,6 +190,8 @@ class Producer:
 
         By the embedded decoder whatever the loader's own is: a few images, whose pixels are then always the same.
         """
+        from fasttht.pipelines.decode_turbo import decode_into  # OpenCV and Pillow: most runs here need neither
+
         pixels = torch.empty((self._img_size, self._img_size, 3), dtype=torch.uint8)
         for attempt in range(_REPLACEMENTS):
             shown = self._plan.replacement(row, attempt)

@@ -13,12 +13,16 @@ from fasttht.pipelines.plan import Index
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
+# An image of more pixels is taken for a decompression bomb, whatever its format: a bad sample. Pillow's own limit, 256
+# MiB as RGB; the largest image of ImageNet has 61 million.
+MAX_PIXELS = 89_478_485
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
     """One stored image: encoded bytes ("jpg", "file": any format, told by its first bytes) or "raw" pixels.
 
-    data is 1-D uint8 and must not be written to (it may be a view of a mapped file); raw data is
+    data is 1-D uint8 and must not be written to (it may be a view of something shared); raw data is
     height x width x 3, RGB. height and width may be 0 for "file": unknown until the header is read.
     """
 

@@ -23,7 +23,7 @@ from fasttht.pipelines.beton import MODES, BetonFile
 from fasttht.pipelines.beton_write import BetonWriter
 from fasttht.pipelines.encode import OUTCOMES, REMARKS, Encode, Encoding, encode_sample, find_remarks
 from fasttht.pipelines.journal import RECORD, Records, append_commit, check_settings, journal_path, read_journal
-from fasttht.pipelines.manifest import Manifest, manifest_path, read_manifest, write_manifest
+from fasttht.pipelines.manifest import Manifest, manifest_path, read_manifest, sync, write_manifest
 from fasttht.pipelines.ordered import count_workers, map_ordered
 from fasttht.pipelines.plan import STREAM_WRITE, Index, hash_rows
 from fasttht.pipelines.samples import Sample, Samples
@@ -275,11 +275,7 @@ class _Split:
         # The manifest first: a kill between the two leaves the partial file and its journal, to be resumed.
         write_manifest(self.path, manifest)
         os.replace(self.partial, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(self.path.parent)
         self.journal.unlink(missing_ok=True)
 
 

@@ -11,7 +11,6 @@ from fasttht.pipelines.beton import BetonFile
 from fasttht.pipelines.cache import cache_folder
 from fasttht.pipelines.datasets import folder_splits
 from fasttht.pipelines.samples import Samples
-from fasttht.pipelines.writer import write_dataset
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,10 @@ def _cached_digits() -> Path:
     """
     folder = cache_folder("digits-v1")
     if not all((folder / f"{split}.beton").exists() for split in ("train", "val")):
+        from fasttht.pipelines.writer import write_dataset  # OpenCV and Pillow: only who writes needs them
+
         with tempfile.TemporaryDirectory(dir=folder) as own:
             write_dataset("digits", None, own)
-            for path in sorted(Path(own).iterdir()):
+            for path in sorted(Path(own).iterdir(), reverse=True):  # each manifest before its file
                 path.replace(folder / path.name)
     return folder

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fasttht.pipelines import DataError
 from fasttht.pipelines.journal import journal_path
+from fasttht.pipelines.manifest import sync
 
 _PREFIX = ".fasttht-partial-"
 _LOCK = "lock"
@@ -90,6 +91,9 @@ def _make_staging(output: Path) -> tuple[Path, int]:
             raise DataError(f"{output}: expected a folder to write to, got {error.strerror}") from None
         lock = _lock(staging)
         if lock is not None:
+            for folder in (output, output.absolute().parent):  # which hold the new names
+                with suppress(OSError):  # one above may not be ours to open
+                    sync(folder)
             return staging, lock
         time.sleep(0.01)
     raise DataError(f"{staging}: expected to lock this folder, got another process in it; choose another output")

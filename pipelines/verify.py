@@ -18,6 +18,7 @@ from fasttht.pipelines.manifest import read_manifest
 from fasttht.pipelines.ordered import count_workers, map_ordered
 
 SHOWN_PROBLEMS = 20
+LISTED_CLASSES = 20  # of more, verify shows quantiles
 _QUANTILES = (0, 5, 50, 95, 100)
 
 
@@ -25,8 +26,8 @@ _QUANTILES = (0, 5, 50, 95, 100)
 class Verdict:
     """What was found in one file: its first SHOWN_PROBLEMS problems, and how many there are.
 
-    histogram: images per label. checksums: the manifest has some, so that equal bytes are proven and not only whole
-    pictures. stock: what stock FFCV's reader says to the file, in words.
+    histogram: images per label; class_names: theirs, if they are known. checksums: the manifest has some, so that equal
+    bytes are proven and not only whole pictures. stock: what stock FFCV's reader says to the file, in words.
     """
 
     path: Path
@@ -34,8 +35,20 @@ class Verdict:
     problems: tuple[str, ...]
     num_problems: int
     histogram: tuple[int, ...]
+    class_names: tuple[str, ...]
     checksums: bool
     stock: str
+
+    def describe_histogram(self) -> str:
+        """Return images per class in words: of every class, or of many the quantiles and the extreme ones."""
+        counts = np.array(self.histogram)
+        names = [self.class_names[i] if i < len(self.class_names) else str(i) for i in range(len(counts))]
+        if len(counts) <= LISTED_CLASSES:
+            return ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
+        order = np.argsort(counts, kind="stable")
+        low, middle, high = np.percentile(counts, (5, 50, 95), method="nearest")
+        fewest, most = (", ".join(f"{names[i]} {counts[i]:,}" for i in chosen) for chosen in (order[:3], order[:-4:-1]))
+        return f"fewest {fewest}; 5 % {low:,}, median {middle:,}, 95 % {high:,}; most {most}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +110,7 @@ def verify_beton(
             problems=(str(error),),
             num_problems=1,
             histogram=(),
+            class_names=(),
             checksums=False,
             stock="not asked",
         )
@@ -130,6 +144,7 @@ def verify_beton(
         problems=tuple(problems),
         num_problems=num_problems,
         histogram=tuple(np.bincount(beton.labels, minlength=len(beton.class_names)).tolist()),
+        class_names=beton.class_names,
         checksums=beton.verified,
         stock=stock,
     )

@@ -1,16 +1,24 @@
 """Which decoder runs: what was asked for if it can, else the reason; `auto` says why it took what it took."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import simplejpeg
 import torch
 
-from fasttht.pipelines import backends
+from fasttht.pipelines import backends, dali_graph
+from fasttht.pipelines.beton import BetonFile
+from fasttht.pipelines.beton_write import write_beton
 from fasttht.pipelines.host_memory import HostMemory
 from fasttht.pipelines.loader import Loader
 from fasttht.pipelines.plan import Augment, EpochPlan, Index
+from fasttht.pipelines.samples import Sample
 from fasttht.pipelines.stages import Stages
 
+JPEG = Sample("jpg", np.frombuffer(simplejpeg.encode_jpeg(np.zeros((8, 9, 3), np.uint8)), np.uint8), 8, 9)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -19,30 +27,56 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """What looks as if it were installed."""
     modules: set[str] = set()
     monkeypatch.setattr(backends, "_installed", modules.__contains__)
+    monkeypatch.setattr(backends, "_what_breaks", lambda name, device: None)
     return modules
 
 
-def test_auto_is_turbo_on_cpu() -> None:
-    assert backends.choose("auto", CPU) == ("turbo", "no GPU to decode on")
+@pytest.fixture
+def jpegs(tmp_path: Path) -> BetonFile:
+    write_beton(tmp_path / "jpegs.beton", [(JPEG, 0), (JPEG, 1)], 2)
+    return BetonFile(tmp_path / "jpegs.beton")
+
+
+def test_auto_is_turbo_on_cpu(jpegs: BetonFile) -> None:
+    assert backends.choose("auto", CPU, jpegs) == ("turbo", "no GPU to decode on")
 
 
 @pytest.mark.parametrize(
-    ("capability", "has_dali", "hint"), [((7, 0), True, False), ((8, 0), True, True), ((9, 0), True, True),
-                                         ((8, 6), True, False), ((8, 0), False, False)],
+    ("capability", "chosen"), [((7, 0), "turbo"), ((7, 5), "turbo"), ((8, 0), "dali-gpu"), ((8, 6), "turbo"),
+                               ((8, 9), "turbo"), ((9, 0), "dali-gpu"), ((10, 0), "dali-gpu"), ((12, 0), "turbo")],
 )  # fmt: skip
-def test_auto_keeps_the_gpu_free_and_points_at_its_jpeg_engine_if_it_has_one(
-    capability: tuple[int, int], has_dali: bool, hint: bool, installed: set[str], monkeypatch: pytest.MonkeyPatch
+def test_auto_decodes_on_the_gpu_where_that_has_a_jpeg_engine(
+    capability: tuple[int, int], chosen: str, installed: set[str], jpegs: BetonFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    installed.update({"nvidia.dali"} if has_dali else set())
-    name, reason = backends.choose("auto", CUDA)
+    installed.add("nvidia.dali")
+    name, reason = backends.choose("auto", CUDA, jpegs)
+    assert name == chosen
+    assert ("JPEG engine" in reason) == ("not measured" in reason) == (chosen == "dali-gpu")
+
+
+def test_auto_says_why_it_leaves_a_jpeg_engine_alone(
+    installed: set[str], jpegs: BetonFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    name, reason = backends.choose("auto", CUDA, jpegs)
+    assert (name, "DALI is not installed" in reason) == ("turbo", True)
+    installed.add("nvidia.dali")
+    monkeypatch.setattr(backends, "_what_breaks", lambda name, device: "expected a driver, got none; install one")
+    name, reason = backends.choose("auto", CUDA, jpegs)
     assert name == "turbo"
-    assert ("--loader dali-gpu" in reason) == hint
+    assert reason == "this GPU has a JPEG engine, but for dali-gpu expected a driver, got none; install one"
+    # DALI leaves rows of pixels, and what is no .beton, to one thread of the embedded decoder.
+    write_beton(tmp_path / "mixed.beton", [(JPEG, 0), (Sample("raw", np.zeros(3, np.uint8), 1, 1), 1)], 2)
+    others: list[Any] = [BetonFile(tmp_path / "mixed.beton"), NoSamples(3)]
+    for samples in others:
+        name, reason = backends.choose("auto", CUDA, samples)
+        assert (name, "not all JPEGs in a .beton file" in reason) == ("turbo", True)
 
 
 @pytest.mark.parametrize("name", backends.DECODERS)
-def test_what_is_asked_for_is_taken(name: str) -> None:
-    assert backends.choose(name, CUDA) == (name, "as asked")
+def test_what_is_asked_for_is_taken(name: str, jpegs: BetonFile) -> None:
+    assert backends.choose(name, CUDA, jpegs) == (name, "as asked")
 
 
 @pytest.mark.parametrize(
@@ -67,6 +101,37 @@ def test_a_module_of_a_package_that_is_not_there_is_not_installed() -> None:
     assert backends._installed("json.decoder")
     assert not backends._installed("no_such_package.part")
     assert not backends._installed("json.no_such_module")
+
+
+def test_a_library_that_does_not_load_is_told_from_one_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backends._what_breaks.cache_clear()
+    (tmp_path / "ffcv").mkdir()
+    (tmp_path / "ffcv" / "__init__.py").touch()
+    (tmp_path / "ffcv" / "_libffcv.so").write_bytes(b"not a library")
+    monkeypatch.delitem(sys.modules, "ffcv", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = backends.why_not("ffcv", CPU)
+    assert found is not None
+    assert found.startswith(f"expected the functions imdecode and resize in {tmp_path}/ffcv/_libffcv.so, got ")
+    assert found.endswith("; install ffcv 1.0.2, or take the loader turbo")
+    backends._what_breaks.cache_clear()
+
+
+@pytest.mark.parametrize("error", [OSError("libnvimgcodec.so.0: cannot open shared object file"), RuntimeError("odd")])
+def test_a_dali_that_does_not_load_is_told_from_one_that_is_not_there(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str) -> None:
+        raise error
+
+    backends._what_breaks.cache_clear()
+    monkeypatch.setattr(backends, "_installed", lambda module: True)
+    monkeypatch.setattr(dali_graph, "import_module", refuse)
+    found = backends.why_not("dali-cpu", CPU)
+    assert found == f"expected a DALI that loads, got {error}; install it again, or take the loader turbo"
+    backends._what_breaks.cache_clear()
 
 
 class NoSamples:

@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from fasttht.pipelines import DataError
+from fasttht.pipelines.beton import BetonFile
 from fasttht.pipelines.datasets import (
     DigitsSamples,
     ImageTree,
@@ -23,6 +24,7 @@ from fasttht.pipelines.datasets import (
 )
 from fasttht.pipelines.decode_turbo import decode_rgb
 from fasttht.pipelines.samples import Samples
+from fasttht.pipelines.splits import open_splits
 
 WNIDS = ["n01440764", "n01443537", "n02102040"]
 
@@ -198,9 +200,9 @@ def test_different_classes_in_the_splits_are_refused_by_name(
 ) -> None:
     make_tree(tmp_path / "train", in_train)
     make_tree(tmp_path / "val", in_val)
-    for open_splits in (imagenet_splits, folder_splits):
+    for opened in (imagenet_splits, folder_splits):
         with pytest.raises(DataError, match=rf"{lacking}: expected the same .* got no '{missing}' here \(1 differ"):
-            open_splits(tmp_path)
+            opened(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
@@ -323,3 +325,22 @@ def test_the_packaged_digits_are_small_name_their_authors_and_hold_no_pickle() -
     attribution = digits("train").attribution
     for words in ("Optical Recognition of Handwritten Digits", "E. Alpaydin", "C. Kaynak", "UCI", "1998", "CC BY 4.0"):
         assert words in attribution
+
+
+def test_no_reader_of_the_digits_cache_ever_meets_a_file_without_its_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs that start together share the cache: one may open what another has just moved in."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder, rename, moved = tmp_path / "fasttht" / "digits-v1", os.replace, list[str]()
+
+    def noting_rename(source: Any, target: Any) -> None:
+        rename(source, target)
+        if Path(target).parent == folder:
+            moved.append(Path(target).name)
+            assert all(Path(f"{beton}.json").exists() for beton in folder.glob("*.beton")), moved
+
+    monkeypatch.setattr(os, "replace", noting_rename)
+    splits = open_splits(None)
+    assert len(moved) == 4
+    assert all(isinstance(split, BetonFile) and split.verified for split in (splits.train, splits.val))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from fasttht.pipelines import DataError, decode_dali
+from fasttht.pipelines import DataError, ResourceError, dali_graph, decode_dali
 from fasttht.pipelines.backends import open_decoder, why_not
 from fasttht.pipelines.beton import BetonFile
 from fasttht.pipelines.beton_write import write_beton
@@ -393,9 +393,35 @@ def test_an_error_that_no_sample_causes_is_raised(open_dali: Open, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(decode_dali._Pipe, "take", run_out)
         messages.append("out of memory")
-        with pytest.raises(RuntimeError, match="got 'out of memory' from DALI and no sample that causes it"):
+        with pytest.raises(ResourceError, match="got 'out of memory' from DALI and no sample that causes it"):
             decoder.start(whole(samples, [0, 0])).result()
     assert decoder.start(whole(samples, [0, 0])).result().bad == ()
+
+
+def test_the_samples_of_a_dropped_job_outlive_the_pipeline_that_reads_them(
+    open_dali: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DALI was given their memory, not a copy; after an error its threads may still be at it."""
+    samples = Listed([GOOD])
+    decoder = open_dali(samples)
+    dropped, wanted = (decoder.start(whole(samples, [0, 0])) for _ in range(2))
+    take, close, kept = decode_dali._Pipe.take, decode_dali._Pipe.close, list[bool]()
+
+    def fail_to_drop(self: Any, out: Tensor | None) -> None:
+        if out is None and not kept:
+            self._error = RuntimeError("failed")
+            raise self._error
+        take(self, out)
+
+    def noting_close(self: Any) -> None:
+        kept.append(dropped in decoder._jobs)
+        close(self)
+
+    monkeypatch.setattr(decode_dali._Pipe, "take", fail_to_drop)
+    monkeypatch.setattr(decode_dali._Pipe, "close", noting_close)
+    found = wanted.result()
+    assert kept[0]
+    assert found.bad == ()
 
 
 def test_a_dali_that_does_not_work_is_an_error_and_no_bad_row(open_dali: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,7 +431,7 @@ def test_a_dali_that_does_not_work_is_an_error_and_no_bad_row(open_dali: Open, m
     monkeypatch.setattr(decode_dali, "make_graph", refuse)
     samples = Listed([GOOD])
     with pytest.raises(
-        RuntimeError, match=r"loader dali: expected a pipeline for 1 images of 16 pixels, got 'no driver'"
+        ResourceError, match=r"loader dali: expected a pipeline for 1 images of 16 pixels, got 'no driver'"
     ):
         open_dali(samples).start(whole(samples, [0]))
 
@@ -637,7 +663,7 @@ def test_without_dali_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
     def missing(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(decode_dali, "import_module", missing)
+    monkeypatch.setattr(dali_graph, "import_module", missing)
     with pytest.raises(
         ImportError, match=r'expected NVIDIA DALI, got No module .*; run: pip install "fasttht\[dali\]"'
     ):

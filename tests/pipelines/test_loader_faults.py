@@ -1,8 +1,11 @@
 """A loader that survives: bad samples, stalls, kills at any step on any rank, and hundreds of openings."""
 
+import errno
 import gc
 import json
 import os
+import subprocess
+import sys
 import threading
 import tracemalloc
 import weakref
@@ -18,6 +21,7 @@ import simplejpeg
 import torch
 
 from fasttht.pipelines import DataError, ResourceError
+from fasttht.pipelines.backends import why_not
 from fasttht.pipelines.beton import MIN_PAGE_SIZE, BetonFile
 from fasttht.pipelines.beton_write import write_beton
 from fasttht.pipelines.host_memory import HostMemory
@@ -196,6 +200,99 @@ def test_a_stall_names_the_stage_and_the_sample_and_ends(
     samples.let_go.set()
     loader.close()
     no_loader_threads()
+
+
+def test_the_watchdog_does_not_wait_for_the_disk_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of a row may have to be read from there."""
+    monkeypatch.setattr("fasttht.pipelines.loader._END_S", 0.2)
+    samples = Stuck("read")
+    monkeypatch.setattr(Stuck, "where", lambda self, row: self.let_go.wait() and "late")
+    rescue = threading.Timer(20, samples.let_go.set)
+    rescue.start()
+    with (
+        closing(loader_of(samples, stall_s=0.5)) as loader,
+        pytest.raises(ResourceError, match=r"in read of colours, row 13 \(fasttht-decode-0\)"),
+    ):
+        list(loader)
+    assert not samples.let_go.is_set()
+    rescue.cancel()
+    samples.let_go.set()
+
+
+@pytest.mark.parametrize("how", ["close", "another"])
+def test_an_iterator_that_was_closed_or_replaced_says_so_at_once(how: str) -> None:
+    loader = loader_of(Colours(), stall_s=20)
+    first = iter(loader)
+    next(first)
+    if how == "close":
+        loader.close()
+        second = iter(loader)
+    else:
+        second = iter(loader)
+    shown = rows([next(second)])
+    with pytest.raises(ValueError, match="expected an iterator in use, got one that was closed or replaced"):
+        next(first)
+    assert shown + rows(list(second)) == loader_of(Colours()).plan.order().tolist()[4:]
+    loader.close()
+
+
+@pytest.mark.parametrize("wrong", [{"workers": 0}, {"prefetch": 0}])
+def test_no_worker_and_no_bound_on_the_batches_ahead_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="expected at least one worker and one batch ahead"):
+        loader_of(Colours(), **wrong)
+
+
+# -- files that change -------------------------------------------------------------------------------------------------
+
+CUT = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+import test_loader_faults as shared
+from fasttht.pipelines import DataError
+loader = shared.loader_of(shared.BetonFile(Path(sys.argv[1])), 4, decoder=sys.argv[3], on_bad=sys.argv[4])
+batches = iter(loader)
+next(batches)
+os.truncate(sys.argv[1], int(sys.argv[2]))
+try:
+    list(batches)
+    list(loader)
+except DataError as error:
+    print(error)
+else:
+    print(loader.bad_rows and "the file was cut: " + loader.samples.where(0))
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "on_bad", "decoder"),
+    [(0, "error", "turbo"), (5_000_000, "replace", "turbo"), (5_000_000, "error", "dali-cpu")],
+)
+def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_signal(
+    size: int, on_bad: str, decoder: str, tmp_path: Path
+) -> None:
+    """A mapped page that is no longer there would end the process with SIGBUS."""
+    if (reason := why_not(decoder, torch.device("cpu"))) is not None:
+        pytest.skip(reason)
+    path = large_file(tmp_path / "large.beton")
+    done = subprocess.run(
+        [sys.executable, "-c", CUT.format(folder=str(Path(__file__).parent)), path, str(size), decoder, on_bad],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert str(path) in done.stdout
+    assert "the file was cut" in done.stdout
+
+
+def test_a_disk_that_fails_makes_a_bad_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = BetonFile(write_photos(tmp_path / "set.beton", 24))
+
+    def fail(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with closing(loader_of(samples)) as loader, pytest.raises(DataError, match=r"row \d+: .* got Input/output error"):
+        list(loader)
 
 
 # -- many openings -----------------------------------------------------------------------------------------------------
@@ -388,6 +485,15 @@ def test_resume_in_the_paged_order(tmp_path: Path) -> None:
         loader.load_state_dict(loader.state_dict() | {"step": num_taken})
         assert rows(list(loader)) == rows(whole[num_taken:])
     assert rows(list(replace_epoch(loader_of(samples, 5, pages=samples.pages), 1))) != rows(whole)
+
+
+def test_a_position_in_another_order_is_refused(tmp_path: Path) -> None:
+    samples = BetonFile(large_file(tmp_path / "large.beton"))
+    paged, shuffled = loader_of(samples, 5, pages=samples.pages), loader_of(samples, 5)
+    with pytest.raises(DataError, match="loader state: expected order random, got paged"):
+        shuffled.load_state_dict(paged.state_dict())
+    older = {key: value for key, value in paged.state_dict().items() if key != "order"}
+    paged.load_state_dict(older)
 
 
 def replace_epoch(loader: Loader, epoch: int) -> Loader:

@@ -5,6 +5,9 @@ import errno
 import io
 import json
 import math
+import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -133,6 +136,59 @@ def test_a_writer_killed_anywhere_resumes_to_the_same_bytes(tree: Path, tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 20
+
+
+def test_the_disk_has_each_step_of_the_publication_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave a .beton without its manifest, or neither the old files nor the staged ones."""
+    out, events = tmp_path / "out", list[str]()
+    fsync, rename, remove = os.fsync, os.replace, shutil.rmtree
+
+    def note(what: str, path: Any) -> None:
+        events.append(f"{what} {re.sub('.fasttht-partial-[^/]*', 'staging', str(Path(path).relative_to(tmp_path)))}")
+
+    def noting_fsync(descriptor: int) -> None:
+        note("sync", os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def noting_rename(source: Any, target: Any) -> None:
+        note("rename", target)
+        rename(source, target)
+
+    def noting_remove(folder: Any, **options: Any) -> None:
+        note("remove", folder)
+        remove(folder, **options)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "replace", noting_rename)
+    monkeypatch.setattr(shutil, "rmtree", noting_remove)
+    write_dataset("digits", None, out)
+    expected = ["sync out/staging/val.beton.partial", "sync out/staging/val.beton.json.partial",
+                "rename out/staging/val.beton.json", "sync out/staging",
+                "rename out/staging/val.beton", "sync out/staging"]  # fmt: skip
+    for split in ("train", "val"):
+        expected += ["sync out/staging/manifest", f"rename out/{split}.beton.json", "sync out",
+                     f"rename out/{split}.beton", "sync out", "sync out/staging"]  # fmt: skip
+    assert events[-len(expected) - 1 :] == [*expected, "remove out/staging"]
+    assert events[:2] == ["sync out", "sync ."]  # the new folders' names
+
+
+@pytest.mark.usefixtures("small_commits")
+def test_a_new_journal_is_on_the_disk_under_its_name(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, fsync = list[str](), os.fsync
+
+    def noting_fsync(descriptor: int) -> None:
+        names.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    write_split(ImageTree(tree), tmp_path / "a.beton", on_error="skip")
+    first = names.index("a.beton.journal")
+    assert names[first - 1 : first + 2] == ["a.beton.partial", "a.beton.journal", tmp_path.name]
+    assert names.count("a.beton.journal") > 1
 
 
 @pytest.mark.usefixtures("small_commits")

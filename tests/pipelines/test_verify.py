@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,16 @@ def test_a_whole_file_has_no_problems(good: Path) -> None:
     manifest_path(good).unlink()
     verdict = verify_beton(good)
     assert (verdict.num_problems, verdict.checksums, verdict.histogram) == (0, False, (4, 4))
+
+
+def test_a_histogram_lists_few_classes_and_summarises_many(good: Path) -> None:
+    verdict = verify_beton(good)
+    assert verdict.describe_histogram() == "even 4, odd 4"
+    assert replace(verdict, histogram=(4, 1500, 0)).describe_histogram() == "even 4, odd 1,500, 2 0"
+    many = replace(verdict, histogram=(9, *range(1000, 1099), 2000), class_names=tuple(f"n{i}" for i in range(101)))
+    assert many.describe_histogram() == (
+        "fewest n0 9, n1 1,000, n2 1,001; 5 % 1,004, median 1,049, 95 % 1,094; most n100 2,000, n99 1,098, n98 1,097"
+    )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
