@@ -5,6 +5,7 @@ Only for gradients taken by hand: autograd does not differentiate through these.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,8 +14,18 @@ from torch.nn import functional as F
 
 from fasttht.kernels.registered import register
 
+Key = tuple[object, ...]
+
 # Calls that cuDNN has no fused kernel for, by shapes and type: tried once each.
-_plain: set[tuple[object, ...]] = set()
+_plain: set[Key] = set()
+
+# (shapes and type, "cudnn" or "plain") -> calls on CUDA, so that a fallback cannot go unseen.
+ran: Counter[tuple[Key, str]] = Counter()
+
+
+def shapes_run() -> dict[str, int]:
+    """Return for how many shapes and types cuDNN's fused kernel ran in this process, and for how many two passes."""
+    return {name: len({key for key, by in ran if by == name}) for name in ("cudnn", "plain")}
 
 
 def conv_relu(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
@@ -44,16 +55,28 @@ def _conv_add_relu_plain(
     return F.conv2d(x, weight, bias, list(stride), list(padding)).add_(other).relu_()
 
 
-def _fused_or_plain(key: tuple[object, ...], fused: Callable[[], Tensor], plain: Callable[[], Tensor]) -> Tensor:
-    """Run cuDNN's kernel if it has one for these shapes and this type, found out by trying once."""
-    if key in _plain:
-        return plain()
-    try:
-        return fused()
-    except RuntimeError:
-        found = plain()  # an error of another kind, memory say, comes again here and is raised
-        _plain.add(key)
-        return found
+def _fused_or_plain(key: Key, fused: Callable[[], Tensor], plain: Callable[[], Tensor]) -> Tensor:
+    """Run cuDNN's kernel if it has one for these shapes and this type, found out by trying once.
+
+    Raises: torch.OutOfMemoryError, which says nothing of the shape.
+    """
+    if key not in _plain:
+        try:
+            found = fused()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            lacks_kernel = "ALLOC_FAILED" not in str(error)  # cuDNN's own words for no memory
+        else:
+            ran[key, "cudnn"] += 1
+            return found
+        found = plain()  # an error of another kind comes again here and is raised
+        if lacks_kernel:
+            _plain.add(key)
+    else:
+        found = plain()
+    ran[key, "plain"] += 1
+    return found
 
 
 def _relu_body(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:

@@ -1,8 +1,8 @@
 """Which implementation CUDA tensors get, and why; and the launch of a kernel through NVIDIA's cuda.core.
 
 Nothing is imported or asked of a GPU before the first CUDA tensor. `FASTTHT_KERNELS` chooses: `auto` (the kernels
-where they can be compiled, else plain torch), `cuda` (the kernels, or an error that says what is missing), `torch`.
-CPU tensors always get the reference.
+where one can be compiled and loaded, else plain torch), `cuda` (the kernels, or an error that says what is missing),
+`torch`. CPU tensors always get the reference.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ CHOICES = ("auto", "cuda", "torch")
 BLOCK = 256
 # Blocks of 256 threads that fill a multiprocessor of 2048; each thread loops over what is left.
 BLOCKS_PER_SM = 8
+
+# Built and loaded before any is relied on: source, kernel and macros of a small one.
+_PROBE: tuple[str, str, build.Defines] = ("drelu_add", "drelu_add", (("VALUE", "Half"),))
 
 # (op, implementation) -> calls with tensors that a kernel might have taken, so that a fallback cannot go unseen.
 ran: Counter[tuple[str, str]] = Counter()
@@ -68,12 +71,19 @@ def _find(device: int) -> Implementation:
     try:
         compiler = _compiler()
     except (ImportError, OSError, RuntimeError) as err:
-        first_line = (str(err).splitlines() or [type(err).__name__])[0]
-        return Implementation("torch", f"The CUDA compiler does not load ({first_line}); run: {extra}.")
+        return Implementation("torch", f"The CUDA compiler does not load ({_first_line(err)}); run: {extra}.")
     arch = _arch(device)
     if arch not in compiler.archs:
         return Implementation("torch", f"NVRTC {compiler.version} does not compile for {arch}.")
+    try:
+        _core().prepare(*_PROBE, device)
+    except Exception as err:  # cuda.core's own classes among them: too new for the driver, no room, a broken header
+        return Implementation("torch", f"A kernel does not build or load on {arch} ({_first_line(err)}).")
     return Implementation("cuda", f"NVRTC {compiler.version} compiles the kernels for {arch}.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @cache
@@ -123,6 +133,12 @@ class CudaCore:
         # Of a library of CUDA 12: one handle serves every device of the architecture.
         self._kernel = lru_cache(maxsize=None)(self._load)
         self._config = lru_cache(maxsize=256)(self._configure)
+
+    def prepare(self, source: str, kernel: str, defines: build.Defines, device: int) -> None:
+        """Build and load a kernel without launching it. Raises: whatever the compiler or the driver has against it."""
+        with torch.cuda.device(device):
+            self._core.Device(device).set_current()
+            self._kernel(source, kernel, defines, _arch(device))
 
     def launch(self, launch: Launch, device: torch.device) -> None:
         """Launch without waiting. For a graph capture the kernel must have run before: loading cannot be captured."""

@@ -237,7 +237,9 @@ def bank_write_(features: Tensor, index: Tensor, ptr: Tensor, feat: Tensor, feat
     """Write rows into the ring at `ptr` and advance it, all in place and without a host sync.
 
     Shapes: features (N, D), index (N,) int64, ptr () int64; feat (B, D) of any float type, feat_index (B,) int64. B
-    may exceed N: only the last N rows survive, where a one-by-one writer would have left them.
+    may exceed N: only the last N rows survive, where a one-by-one writer would have left them. Rows are cast and not
+    normalised, which is torch's before: kernels equal their references bit for bit, and the bits of a norm depend on
+    the order of its sum.
     """
     _bank(features, index, ptr, feat, feat_index)
 

@@ -25,14 +25,17 @@ class Encoder(nn.Module):
     """A trunk and a feature head without a classifier: what contrastive pre-training trains to become g.
 
     Unlike f's, its blocks do not start as the identity: MoCo starts from torchvision's plain initial weights.
+    bn_group_size: as ResNet's.
 
     Shapes: x (B, 3, H, W) float in [0, 1]; returns (B, feat_dim), float32 or wider, unit norm.
     """
 
-    def __init__(self, arch: str, *, stem: Stem = "imagenet", width: int = 64, feat_dim: int = 128) -> None:
+    def __init__(
+        self, arch: str, *, stem: Stem = "imagenet", width: int = 64, feat_dim: int = 128, bn_group_size: int = 0
+    ) -> None:
         super().__init__()
         self.normalize = Normalize()
-        self.trunk = ResNet(arch, stem=stem, width=width)
+        self.trunk = ResNet(arch, stem=stem, width=width, bn_group_size=bn_group_size)
         for block in self.trunk.modules():
             if isinstance(block, Bottleneck | BasicBlock):
                 for norm in norms(block.bn3 if isinstance(block, Bottleneck) else block.bn2):

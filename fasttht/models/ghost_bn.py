@@ -3,9 +3,6 @@
 How many images share BN statistics changes what is learnt: the paper has 128 on each GPU, Xie et al. 32. With this,
 fewer and larger GPUs, or larger micro-batches, train the same network. Only where statistics are a batch's own: in
 evaluation mode, folded into convolutions or saved, such a layer is an ordinary BatchNorm2d.
-
-MoCo's pre-training runs its whole encoder group after group instead (moco.in_groups). That cannot serve here: an
-objective may run f once, on images whose halves mixture BN keeps apart.
 """
 
 from __future__ import annotations

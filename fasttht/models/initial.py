@@ -21,6 +21,7 @@ from fasttht.models.moco_checkpoint import is_torch_file, load_torch_file, some
 from fasttht.models.two_head import CosineClassifier, TwoHead
 
 _COUNTER = "num_batches_tracked"
+_WRAPPERS = re.compile(r"^((module|model)\.)+")  # what DistributedDataParallel and others put before every name
 _BRANCH = re.compile(r"\.(clean|adversarial)(?=\.\w+$)")
 
 
@@ -65,6 +66,17 @@ def _read(path: Path) -> dict[str, Tensor]:
         if not files:
             raise CheckpointError(f"{folder}: expected a network in it, got none")
         return checkpoint.read_tensors(files[0])
+    return read_network(path)
+
+
+def read_network(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file by our names, `trunk.*`, `classifier.*` and, if it has them, `feature_head.*`.
+
+    The file is safetensors or torch.save's, and has our names or torchvision's, with `module.` and `model.` before them
+    or not, alone or as `state_dict` or `model`.
+
+    Raises: CheckpointError for anything else.
+    """
     state: object
     if is_torch_file(path):
         stored = load_torch_file(path)
@@ -73,7 +85,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         state = checkpoint.read_tensors(path)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"{path}: expected a state dict of names and tensors, got something else")
-    tensors = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+    tensors = {_WRAPPERS.sub("", str(name)): tensor for name, tensor in state.items()}
     if any(name.startswith("trunk.") for name in tensors):
         return tensors
     if "conv1.weight" not in tensors:

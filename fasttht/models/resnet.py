@@ -34,6 +34,26 @@ def _conv(channels_in: int, channels: int, kernel: int, stride: int = 1) -> nn.C
     return nn.Conv2d(channels_in, channels, kernel, stride=stride, padding=kernel // 2, bias=False)
 
 
+class NarrowShortcut(nn.Conv2d):
+    """A 1x1 convolution with a stride, on few channels: the pixels that it sees are picked out first.
+
+    oneDNN's weight gradient of a strided 1x1 convolution (AVX2, channels-last) writes past its scratch memory when
+    there are fewer than eight input channels: the heap is corrupt and the process dies, later and elsewhere.
+    """
+
+    CHANNELS = 8  # inputs from which the ordinary convolution is sound
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = x[:, :, :: self.stride[0], :: self.stride[1]]
+        return nn.functional.conv2d(seen, self.weight)
+
+
+def _shortcut(channels_in: int, channels: int, stride: int) -> nn.Conv2d:
+    if stride == 1 or channels_in >= NarrowShortcut.CHANNELS:
+        return _conv(channels_in, channels, 1, stride)
+    return NarrowShortcut(channels_in, channels, 1, stride=stride, bias=False)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut."""
 
@@ -139,7 +159,7 @@ class ResNet(nn.Module):
             downsample = None
             if block_stride != 1 or self.num_features != channels_out:
                 downsample = nn.Sequential(
-                    _conv(self.num_features, channels_out, 1, block_stride), self._norm(channels_out)
+                    _shortcut(self.num_features, channels_out, block_stride), self._norm(channels_out)
                 )
             layers.append(block(self.num_features, channels, block_stride, downsample, self._norm))
             self.num_features = channels_out

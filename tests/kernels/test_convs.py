@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,14 +15,19 @@ from fasttht.kernels import convs
 
 @pytest.fixture(autouse=True)
 def nothing_known() -> Iterator[None]:
-    convs._plain.clear()
+    for known in (convs._plain, convs.ran):
+        known.clear()
     yield
-    convs._plain.clear()
+    for known in (convs._plain, convs.ran):
+        known.clear()
 
 
-def operands(device: str = "cpu", dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def operands(
+    device: str = "cpu", dtype: torch.dtype = torch.float64, channels: tuple[int, int] = (4, 6)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 4, 9, 8), (6, 4, 3, 3), (6,), (2, 6, 5, 4)]
+    of, to = channels
+    shapes = [(2, of, 9, 8), (to, of, 3, 3), (to,), (2, to, 5, 4)]
     x, weight, bias, other = (torch.randn(shape, generator=generator, dtype=dtype).to(device) for shape in shapes)
     return x.contiguous(memory_format=torch.channels_last), weight, bias, other
 
@@ -66,17 +71,47 @@ def test_a_shape_that_cudnn_refuses_is_tried_once() -> None:
 
 def test_an_error_that_is_not_cudnns_is_raised() -> None:
     def fail() -> Tensor:
-        raise RuntimeError("out of memory")
+        raise RuntimeError("an illegal memory access")
 
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(RuntimeError, match="illegal"):
         convs._fused_or_plain(("key",), fail, fail)
     assert not convs._plain
 
 
+def test_no_memory_for_once_costs_a_shape_nothing_later() -> None:
+    def fail(error: Exception) -> Callable[[], Tensor]:
+        def fused() -> Tensor:
+            raise error
+
+        return fused
+
+    def plain() -> Tensor:
+        return torch.ones(1)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        convs._fused_or_plain(("key",), fail(torch.OutOfMemoryError("2 GiB")), plain)
+    no_room = fail(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
+    assert convs._fused_or_plain(("key",), no_room, plain).item() == 1
+    assert convs._fused_or_plain(("key",), lambda: torch.zeros(1), plain).item() == 0
+
+
+def test_what_ran_is_counted_for_each_shape() -> None:
+    def refuse() -> Tensor:
+        raise RuntimeError("no kernel")
+
+    for key, fused in (("a", refuse), ("a", refuse), ("b", lambda: torch.ones(1))):
+        convs._fused_or_plain((key,), fused, lambda: torch.ones(1))
+    assert convs.ran == {(("a",), "plain"): 2, (("b",), "cudnn"): 1}
+    assert convs.shapes_run() == {"cudnn": 1, "plain": 1}
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("channels", [(4, 6), (64, 64)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_gpu_gives_what_the_cpu_gives(dtype: torch.dtype) -> None:
-    x, weight, bias, other = operands("cuda", dtype)
+def test_a_gpu_gives_what_the_cpu_gives(dtype: torch.dtype, channels: tuple[int, int]) -> None:
+    """And by cuDNN's own kernel where the network's convolutions must have one: half precision, whole vectors."""
+    x, weight, bias, other = operands("cuda", dtype, channels)
+    weight = weight / channels[0] ** 0.5
     own = [tensor.double().cpu() for tensor in (x, weight, bias, other)]
     found = kernels.conv_add_relu(x, weight, bias, other, (2, 2), (1, 1))
     expected = kernels.conv_add_relu(*own, (2, 2), (1, 1))
@@ -87,3 +122,6 @@ def test_a_gpu_gives_what_the_cpu_gives(dtype: torch.dtype) -> None:
         rtol=0,
         atol=0.05,
     )
+    assert convs.ran.total() == 2
+    if dtype == torch.float16 and channels == (64, 64):
+        assert convs.shapes_run() == {"cudnn": 2, "plain": 0}

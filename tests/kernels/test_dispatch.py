@@ -4,6 +4,7 @@ import copy
 import ctypes
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +48,11 @@ class FakeCompiler:
         return f"{source} {defines} {arch} {self.version}".encode()
 
 
-def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], compiler: Any) -> None:
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], compiler: Any, core: Any = None) -> None:
+    """Make torch see a device of this capability, of which the driver is `core`; nothing is cached on the disk."""
+    monkeypatch.setitem(sys.modules, "cuda.core", FakeCore() if core is None else core)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(build, "cache_folder", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(build, "Nvrtc", lambda: compiler)
@@ -72,6 +77,47 @@ def test_with_a_gpu_and_a_compiler_for_it_the_kernels_run(monkeypatch: pytest.Mo
     assert kernels.implementation() == ("cuda", "NVRTC 12.9 compiles the kernels for sm_70.")
     monkeypatch.setenv("FASTTHT_KERNELS", "cuda")
     assert kernels.implementation().name == "cuda"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION\nand more"), ValueError("not a cubin"), MemoryError()]
+)
+@pytest.mark.parametrize("fails", ["compile", "set_current", "from_cubin", "get_kernel"])
+def test_kernels_that_do_not_build_or_load_give_way_to_torch(
+    monkeypatch: pytest.MonkeyPatch, fails: str, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    core, compiler = FakeCore(), FakeCompiler()
+    code = SimpleNamespace(get_kernel=fail if fails == "get_kernel" else print)
+    loader = SimpleNamespace(from_cubin=fail if fails == "from_cubin" else lambda *_, **__: code)
+    monkeypatch.setattr(FakeCore, "ObjectCode", loader)
+    if fails == "set_current":
+        monkeypatch.setattr(core, "Device", lambda index: SimpleNamespace(set_current=fail), raising=False)
+    if fails == "compile":
+        monkeypatch.setattr(compiler, "compile", fail)
+    pretend_gpu(monkeypatch, (7, 0), compiler, core)
+    found = kernels.implementation()
+    words = str(error).split("\n")[0] or "MemoryError"
+    assert found == ("torch", f"A kernel does not build or load on sm_70 ({words}).")
+    assert cuda.backend(torch.device("cuda", 0)) is None
+    monkeypatch.setenv("FASTTHT_KERNELS", "cuda")
+    with pytest.raises(RuntimeError, match="got cuda; A kernel does not build or load"):
+        kernels.implementation()
+
+
+def test_the_kernel_that_is_tried_is_a_real_one(samples: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    core, compiler = FakeCore(), FakeCompiler()
+    pretend_gpu(monkeypatch, (7, 0), compiler, core)
+    assert kernels.implementation().name == "cuda"
+    assert core.told == [("current", 0)]  # nothing was launched
+    (tried,) = compiler.asked
+    backend = Recorder()
+    monkeypatch.setattr(cuda, "backend", lambda device: backend)
+    for case in samples.cases("drelu_add_"):
+        samples.run(case, CPU)
+    assert tried in {(launch.source, launch.defines, "sm_70") for launch in backend.launches}
 
 
 def test_torch_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,6 @@ def test_a_kernel_runs_on_a_device_that_is_not_the_current_one(gpu: torch.device
     assert torch.cuda.current_device() == gpu.index
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.usefixtures("_no_sync")
 def test_no_op_waits_for_the_device(op: str, gpu: torch.device, samples: Any) -> None:
     case = next(case for case in samples.cases(op) if case.args[0].numel())

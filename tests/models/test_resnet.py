@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasttht.models.resnet import ARCHS, BasicBlock, Bottleneck, ResNet
+from fasttht.models.resnet import ARCHS, BasicBlock, Bottleneck, NarrowShortcut, ResNet
 
 NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 NUM_FEATURES = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048, "resnet152": 2048}
@@ -136,6 +137,43 @@ def test_convolutions_start_with_he_fan_out(arch: str) -> None:
             std = (2 / (module.out_channels * module.kernel_size[0] ** 2)) ** 0.5
             error = abs(float(module.weight.detach().std()) / std - 1)
             assert error < 5 / (2 * module.weight.numel()) ** 0.5
+
+
+class WeightGradients(TorchDispatchMode):
+    """Notes (input channels, kernel, stride) of every convolution whose weight gradient is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default:
+            self.seen.append((args[2].shape[1], args[2].shape[2], args[4][0]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 7, 8])
+def test_no_weight_gradient_is_taken_where_it_would_corrupt_the_heap(width: int) -> None:
+    """Of 1x1 convolutions with a stride, on fewer than eight channels: oneDNN writes past its memory there."""
+    model = ResNet("resnet18", stem="small", width=width).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with WeightGradients() as found:
+        model(torch.rand(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)).sum().backward()
+    shortcuts = [(channels, stride) for channels, kernel, stride in found.seen if kernel == 1]
+    assert [channels for channels, _ in reversed(shortcuts)] == [width, 2 * width, 4 * width]
+    assert [stride for _, stride in reversed(shortcuts)] == [1 if c < 8 else 2 for c in (width, 2 * width, 4 * width)]
+
+
+@pytest.mark.parametrize("side", [8, 7])
+def test_a_narrow_shortcut_is_the_convolution_that_it_stands_for(side: int) -> None:
+    narrow, plain = NarrowShortcut(4, 6, 1, stride=2, bias=False), nn.Conv2d(4, 6, 1, stride=2, bias=False)
+    plain.load_state_dict(narrow.state_dict())
+    x, other = torch.randn(3, 4, side, side, requires_grad=True), torch.randn(3, 6, 4, 4)
+    for layer in (narrow.double(), plain.double()):  # float64 is not oneDNN's
+        (layer(x.double()) * other).sum().backward()
+        if layer is narrow:
+            expected, x.grad = x.grad, None
+    torch.testing.assert_close(x.grad, expected)
+    torch.testing.assert_close(plain.weight.grad, narrow.weight.grad)
 
 
 def test_unknown_architectures_and_stems_are_refused() -> None:
