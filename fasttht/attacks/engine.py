@@ -151,6 +151,11 @@ class FoldedEngine:
         self._attack = partial(attack_laid_out, _LaidOutNet(self._net, of_input))
         self._graphed = None if recorder is None else GraphedAttack(self._attack, recorder)
 
+    @property
+    def graphed(self) -> GraphedAttack | None:
+        """What records and replays attacks, or None if each is run."""
+        return self._graphed
+
     def gradient(self, x: Tensor, y: Tensor) -> Tensor:
         return self._gradient(x, y)
 

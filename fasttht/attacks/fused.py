@@ -49,20 +49,21 @@ class FusedGradient:
     def _gradient(self, pixels: Tensor, y: Tensor, layout: kernels.Layout) -> Tensor:
         net = self._net
         stem = net.stem.plan_by_hand(layout)
-        first = stem.forward(pixels).to(net.dtype)
-        h, places = first, None
-        if net.maxpool:
-            h, places = F.max_pool2d(first, kernel_size=3, stride=2, padding=1, return_indices=True)
         kept: list[tuple[FoldedBlock, list[Tensor]]] = []
-        for block in net.blocks:
-            assert isinstance(block, FoldedBlock), "a folded network is made of them"
-            inputs = [h]
-            *inner, last = _convs(block)
-            for conv in inner:
-                inputs.append(conv.by_hand.forward(inputs[-1]))
-            skip = h if block.shortcut is None else block.shortcut.by_hand.forward(h, relu=False)
-            h = last.by_hand.forward(inputs[-1], skip)
-            kept.append((block, inputs))
+        with region("attack_forward"):
+            first = stem.forward(pixels).to(net.dtype)
+            h, places = first, None
+            if net.maxpool:
+                h, places = F.max_pool2d(first, kernel_size=3, stride=2, padding=1, return_indices=True)
+            for block in net.blocks:
+                assert isinstance(block, FoldedBlock), "a folded network is made of them"
+                inputs = [h]
+                *inner, last = _convs(block)
+                for conv in inner:
+                    inputs.append(conv.by_hand.forward(inputs[-1]))
+                skip = h if block.shortcut is None else block.shortcut.by_hand.forward(h, relu=False)
+                h = last.by_hand.forward(inputs[-1], skip)
+                kept.append((block, inputs))
         grad = self._head_gradient(h, y)
         while kept:
             grad = _block_gradient(*kept.pop(), grad)

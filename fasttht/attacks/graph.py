@@ -6,9 +6,10 @@ they lie: a `refresh_` in place, another seed, epoch or step, and other images a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -93,12 +94,20 @@ class CudaRecorder:
             attacked = run()
         # A graph's memory is its own from now on: what follows an attack in a step must find room beside it.
         pool = self._bytes + torch.cuda.memory_reserved() - before
-        room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        snapshot = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        others = bytes_of_other_pools(snapshot, torch.cuda.current_device(), self._pool)
+        room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - others
         if not fits(pool, torch.cuda.max_memory_allocated(), room):
             graph.reset()
             raise torch.OutOfMemoryError(f"{pool / 2**30:.1f} GiB of graphs beside the rest of a step")
         self._bytes = pool
         return attacked, graph.replay
+
+
+def bytes_of_other_pools(snapshot: Iterable[Mapping[str, Any]], device: int, own: object) -> int:
+    """Return what an allocator's snapshot says is kept for graphs of other recorders: reserved, but free to nobody."""
+    here = [part for part in snapshot if part["device"] == device]
+    return sum(part["total_size"] for part in here if part["segment_pool_id"] not in ((0, 0), own))
 
 
 def fits(graphs: int, step: int, room: int) -> bool:
@@ -141,6 +150,21 @@ class GraphedAttack:
         self._seen: set[object] = set()
         self._failed = False
         self._told = False
+        self._paused = False
+
+    @property
+    def recorded(self) -> bool:
+        """Whether there is an attack that is replayed."""
+        return bool(self._held)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run attacks unrecorded: what a replay does in one piece has its parts there. Recordings are kept."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def __call__(
         self,
@@ -156,7 +180,9 @@ class GraphedAttack:
         """Do what `pgd.attack` does; x_adv is channels-last."""
         inputs = (x, y, index) if soft_target is None else (x, y, index, soft_target)
         key = (tuple((tensor.shape, tensor.dtype) for tensor in inputs), threat, num_classes)
-        held = self._held.get(key) or self._hold(key, inputs, threat, draw, num_classes)
+        held = None
+        if not self._paused:
+            held = self._held.get(key) or self._hold(key, inputs, threat, draw, num_classes)
         if held is None:
             counters = draw.counters(x.device)
             return self._run(x, y, index, threat, counters, num_classes=num_classes, soft_target=soft_target)

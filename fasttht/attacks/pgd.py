@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fasttht import kernels
+from fasttht import kernels, signals
 from fasttht.attacks import l2
+from fasttht.attacks.losses import AttackLoss, cross_entropy
 from fasttht.attacks.starts import draw_start, goal, levels
 from fasttht.attacks.threat import Threat
 from fasttht.regions import region
@@ -72,14 +72,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 InputGradient = Callable[[Tensor, Tensor], Tensor]
-"""Images x (B, 3, H, W) and classes y to the gradient, like x, of the cross entropy's sum over the batch.
+"""Images x (B, 3, H, W) and classes y to the gradient, like x, of the loss's sum over the batch: the cross entropy's.
 
 y is (B,) int64, or class probabilities (B, C). Times any positive factor; one image's gradient does not depend on the
 others.
 """
 
 
-def input_gradient(logits: Callable[[Tensor], Tensor], loss_scale: float = 1.0) -> InputGradient:
+def input_gradient(
+    logits: Callable[[Tensor], Tensor], loss_scale: float = 1.0, loss: AttackLoss = cross_entropy
+) -> InputGradient:
     """Return the input gradient of a function from images to logits (B, C), by autograd.
 
     The function runs in whatever mode and autocast the caller has put it in; parameter gradients are not touched.
@@ -89,9 +91,9 @@ def input_gradient(logits: Callable[[Tensor], Tensor], loss_scale: float = 1.0) 
         with torch.enable_grad():
             leaf = x.detach().requires_grad_(True)
             with region("attack_forward"):
-                loss = F.cross_entropy(logits(leaf), y, reduction="sum") * loss_scale
+                value = loss(logits(leaf), y) * loss_scale
             with region("attack_backward"):
-                (found,) = torch.autograd.grad(loss, leaf)
+                (found,) = torch.autograd.grad(value, leaf)
         return found
 
     return gradient
@@ -107,6 +109,7 @@ def attack(
     *,
     num_classes: int,
     soft_target: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> Attacked:
     """Draw the target and the start, then run PGD; the last iterate is returned.
 
@@ -114,12 +117,13 @@ def attack(
     the same. x is float in [0, 1]; or uint8, and then the attack stays on the lattice of 8-bit images: integer offsets
     to start from, whole levels as steps, so every iterate is exact. With soft_target (B, C), class probabilities p, it
     moves away from those and not from y, and `threat.targeted` does not count: the gradient of the cross entropy to p
-    is that of KL(p || q), so with p the clean prediction this is TRADES' attack.
+    is that of KL(p || q), so with p the clean prediction this is TRADES' attack. target (B,): the classes of a targeted
+    threat in place of drawn ones.
 
     Raises: ValueError for a uint8 x and a threat of broken levels or of another norm than linf.
     """
     counters = draw.counters(x.device)
-    wanted, threat = goal(y, index, threat, counters, num_classes=num_classes, soft_target=soft_target)
+    wanted, threat = goal(y, index, threat, counters, num_classes=num_classes, soft_target=soft_target, target=target)
     start = draw_start(x, index, threat, counters)
     if x.dtype == torch.uint8:
         return pgd_lattice(gradient, x, wanted, threat, start)
@@ -175,6 +179,7 @@ def _run(
     """Take steps; return the shares of zero and of NaN elements in the last gradient."""
     zero_grad = nan_grad = torch.zeros((), device=device)
     for i in range(steps):
+        signals.check()  # an evaluation may be stopped here, a training step goes on
         with region("attack_gradient"):
             grad = gradient()
         if i == steps - 1:

@@ -16,14 +16,21 @@ from fasttht.attacks.threat import Threat
 
 
 def goal(
-    y: Tensor, index: Tensor, threat: Threat, counters: Tensor, *, num_classes: int, soft_target: Tensor | None
+    y: Tensor,
+    index: Tensor,
+    threat: Threat,
+    counters: Tensor,
+    *,
+    num_classes: int,
+    soft_target: Tensor | None,
+    target: Tensor | None = None,
 ) -> tuple[Tensor, Threat]:
     """Return what the loss compares logits with, and the threat that pursues it.
 
-    That is y (B,); if the threat is targeted, other classes (B,) drawn for it; or soft_target (B, C), class
-    probabilities that are moved away from, whatever the threat's goal.
+    That is y (B,); if the threat is targeted, `target` (B,) where it is given, else other classes (B,) drawn for it; or
+    soft_target (B, C), class probabilities that are moved away from, whatever the threat's goal.
 
-    Raises: ValueError for a soft_target of another shape.
+    Raises: ValueError for a soft_target of another shape, or for a least-likely target that is not given.
     """
     if soft_target is not None:
         if tuple(soft_target.shape) != (len(y), num_classes):
@@ -31,6 +38,10 @@ def goal(
                 f"attack: expected soft_target of shape {(len(y), num_classes)}, got {tuple(soft_target.shape)}"
             )
         return soft_target.detach(), replace(threat, targeted=False)
+    if threat.targeted and target is not None:
+        return target, threat
+    if threat.targeted and threat.target != "random":
+        raise ValueError(f"attack: expected a target beside {threat.name}, got none; take losses.least_likely")
     if threat.targeted:
         seed, epoch, step = counters.unbind()
         y = kernels.draw_target(y, index, num_classes, seed=seed, epoch=epoch, step=step)

@@ -8,6 +8,8 @@ from typing import Literal
 
 Norm = Literal["linf", "l2", "l2-relative"]
 Start = Literal["uniform", "gaussian", "clean"]
+Loss = Literal["ce", "margin", "dlr"]
+Target = Literal["random", "least-likely"]
 
 # What a norm adds to the name of an attack.
 _NAMES: dict[Norm, str] = {"linf": "", "l2": "_l2", "l2-relative": "_l2_relative"}
@@ -23,6 +25,9 @@ class Threat:
     norm: `l2-relative` measures eps and alpha in each image's own ||x||_2 (the paper's Table 4).
     start: `uniform` in the ball; `gaussian`, x + start_std N(0, 1), projected on the ball (TRADES; there without the
     projection, which its first step makes good); `clean`, x itself.
+    loss: what the gradient is of, see attacks/losses.py; it is in the name, and whoever makes the gradient reads it.
+    target: the class that a targeted attack moves to: `random`, drawn; `least-likely`, given to the attack.
+    named_eps: the radius is part of the name, as in a sweep.
 
     Raises: ValueError where a number is outside its range.
     """
@@ -35,6 +40,9 @@ class Threat:
     norm: Norm = "linf"
     start: Start = "uniform"
     start_std: float = 0.001
+    loss: Loss = "ce"
+    target: Target = "random"
+    named_eps: bool = False
 
     def __post_init__(self) -> None:
         if self.norm == "linf" and not 0 <= self.eps <= 1:
@@ -50,5 +58,11 @@ class Threat:
 
     @property
     def name(self) -> str:
-        """The name its accuracy is reported under, without `_top1`: `pgd10`, `pgd10_targeted`, `pgd10_l2`, ..."""
-        return f"pgd{self.steps}{_NAMES[self.norm]}{'_targeted' if self.targeted else ''}"
+        """The name its accuracy is reported under, without `_top1`.
+
+        `pgd10`, `pgd10_l2`, `pgd10_targeted` (a random class), `pgd10_least_likely`, `pgd10_margin`, `pgd10_eps0.0625`.
+        """
+        goal = f"_{'targeted' if self.target == 'random' else 'least_likely'}" if self.targeted else ""
+        loss = "" if self.loss == "ce" else f"_{self.loss}"
+        radius = f"_eps{self.eps:.5g}" if self.named_eps else ""
+        return f"pgd{self.steps}{_NAMES[self.norm]}{goal}{loss}{radius}"

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fasttht.attacks.free import FreeDelta, perturbed
+from fasttht.attacks.pgd import Draw
 from fasttht.build import build_model
 from fasttht.config import TrainConfig
 from fasttht.models.clean_encoder import CleanEncoder
@@ -111,7 +112,7 @@ def test_free_step_equals_a_naive_loop_bit_for_bit(rung: str) -> None:
     naive = NaiveFree(copy.deepcopy(state.model))
     for number, rows in enumerate([BATCH, BATCH, BATCH - 2]):
         before = delta_of(state).clone()
-        free_step(state, config, batch_of(number, rows))
+        free_step(state, config, batch_of(number, rows), Draw(0))
         naive.step(batch_of(number, rows))
         for (name, one), two in zip(state.model.state_dict().items(), naive.model.state_dict().values(), strict=True):
             assert torch.equal(one, two), name
@@ -138,7 +139,7 @@ def test_perturbation_starts_at_zero_and_persists_across_batches() -> None:
     kept = []
     for batch in batches:
         kept.append(delta_of(state).clone())
-        free_step(state, config, batch)
+        free_step(state, config, batch, Draw(0))
     assert not kept[0].any()
     for number, batch in enumerate(batches):
         first = seen[number * REPLAY]
@@ -158,7 +159,7 @@ def test_perturbation_stays_within_eps_and_holds_still_where_the_image_is_clippe
     batch.x[:, :, ::2] = 255
     for _ in range(3):
         before = delta_of(state).clone()
-        free_step(state, config, batch)
+        free_step(state, config, batch, Draw(0))
         # From 255 a step up leaves [0, 1]; there the gradient is zero, so it is neither taken back nor repeated.
         outside = before[:, :, ::2] > 0
         assert torch.equal(delta_of(state)[:, :, ::2][outside], before[:, :, ::2][outside])
@@ -230,17 +231,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value: float, rung: str) 
     config = config_of(objective="that", model_ema=True)
     state = state_of(config, rung)
     fault = Fault(state.model, value)
-    free_step(state, config, batch_of(0))
+    free_step(state, config, batch_of(0), Draw(0))
     before = protected(state)
     state.meter.read()
     fault.on = True
-    free_step(state, config, batch_of(1))
+    free_step(state, config, batch_of(1), Draw(0))
     after = protected(state)
     assert before.keys() == after.keys()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
     assert state.meter.read()["skipped"] == REPLAY
     fault.on = False
-    free_step(state, config, batch_of(2))
+    free_step(state, config, batch_of(2), Draw(0))
     last = protected(state)
     assert {name.split()[0] for name in before if not torch.equal(before[name], last[name])} == {
         "updates", "delta", "weight", "momentum", "ema", "clean",
@@ -255,11 +256,11 @@ def test_an_overflow_in_the_forward_leaves_the_average_as_it_was(rung: str) -> N
     """What float16 activations do: the gradient is not finite, and BN has seen infinity before it."""
     config = config_of(model_ema=True)
     state = state_of(config, rung)
-    free_step(state, config, batch_of(0))
+    free_step(state, config, batch_of(0), Draw(0))
     before = protected(state)
     handle = state.model.trunk.layer1.register_forward_hook(lambda _module, _args, out: out * float("inf"))
     statistics = state.statistics()
-    free_step(state, config, batch_of(1))
+    free_step(state, config, batch_of(1), Draw(0))
     handle.remove()
     after = protected(state)
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
@@ -271,13 +272,13 @@ def test_after_a_step_that_was_not_taken_the_next_is_the_one_it_would_have_been(
     config = config_of()
     states = [state_of(config) for _ in range(2)]
     for state in states:
-        free_step(state, config, batch_of(0))
+        free_step(state, config, batch_of(0), Draw(0))
     fault = Fault(states[0].model, float("inf"))
     fault.on = True
-    free_step(states[0], config, batch_of(1))
+    free_step(states[0], config, batch_of(1), Draw(0))
     fault.on = False
     for state in states:
-        free_step(state, config, batch_of(2))
+        free_step(state, config, batch_of(2), Draw(0))
     one, two = (protected(state) for state in states)
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
@@ -292,9 +293,9 @@ def test_only_the_replays_with_a_bad_gradient_are_skipped(rung: str) -> None:
         lambda _parameter: setattr(fault, "on", False)
     )
     fault.on = True
-    free_step(state, config, batch_of(0))  # the first of three replays is lost
+    free_step(state, config, batch_of(0), Draw(0))  # the first of three replays is lost
     assert int(state.updates) == REPLAY - 1
     shorter = config_of(replay=REPLAY - 1)
-    free_step(other, shorter, batch_of(0))
+    free_step(other, shorter, batch_of(0), Draw(0))
     one, two = protected(state), protected(other)
     assert [name for name in one if not torch.equal(one[name], two[name])] == []

@@ -23,6 +23,7 @@ class Stage:
         self.calls: list[str] = []
         self.captures: list[dict[str, Any]] = []
         self.room, self.reserved = room, 10
+        self.segments: list[dict[str, Any]] = []
         self.current = self.main = Stream(self, "main")
 
 
@@ -73,7 +74,8 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Stage]:
         played: dict[str, Any] = {
             "Stream": lambda: Stream(stage), "CUDAGraph": lambda: Graph(stage), "graph": capture, "stream": on,
             "set_stream": set_stream, "device": lambda device: nullcontext(), "current_stream": lambda: stage.current,
-            "graph_pool_handle": object, "empty_cache": lambda: stage.calls.append("empty"),
+            "graph_pool_handle": lambda: (0, 7), "current_device": lambda: 0,
+            "memory_snapshot": lambda: stage.segments, "empty_cache": lambda: stage.calls.append("empty"),
             "memory_reserved": lambda: stage.reserved, "max_memory_allocated": lambda: STEP,
             "mem_get_info": lambda: (stage.room - stage.reserved, stage.room),
         }  # fmt: skip
@@ -136,3 +138,22 @@ def test_graphs_that_leave_no_room_for_a_step_are_given_up(play: Callable[[int],
     with pytest.raises(torch.OutOfMemoryError):
         recorder.record(attack_on(stage))
     assert stage.calls[-2:] == ["reset", "empty"]
+
+
+def test_memory_of_other_recorders_graphs_is_no_room(play: Callable[[int], Stage]) -> None:
+    """66 bytes are enough for two graphs; not if 2 of those that are reserved lie in another pool of this device."""
+    for segments, enough in (
+        ([{"device": 0, "segment_pool_id": (0, 3), "total_size": 2}], False),
+        ([{"device": 1, "segment_pool_id": (0, 3), "total_size": 2}], True),
+        ([{"device": 0, "segment_pool_id": (0, 0), "total_size": 2}], True),
+        ([{"device": 0, "segment_pool_id": (0, 7), "total_size": 2}], True),
+    ):
+        stage = play(66)
+        recorder = CudaRecorder(torch.device("cuda", 0))
+        recorder.record(attack_on(stage))
+        stage.segments = segments
+        if enough:
+            recorder.record(attack_on(stage))
+        else:
+            with pytest.raises(torch.OutOfMemoryError):
+                recorder.record(attack_on(stage))
