@@ -162,7 +162,7 @@ def test_a_targeted_run_is_scored_both_ways_and_an_untargeted_one_never_as_targe
     assert all(threat.clean_prob == 0 for threat in threats(config_of(start_clean_prob=0.5)))
 
 
-def test_evaluating_a_run_leaves_its_folder_as_it_was(tmp_path: Path, splits: Splits) -> None:
+def test_evaluating_a_run_adds_its_row_to_the_folder_and_nothing_else(tmp_path: Path, splits: Splits) -> None:
     from fasttht.evaluate import evaluate_run
     from fasttht.train import Trainer
 
@@ -187,5 +187,8 @@ def test_evaluating_a_run_leaves_its_folder_as_it_was(tmp_path: Path, splits: Sp
         )
     assert again["clean_top1"] == row["clean_top1"]
     assert again["pgd3_top1"] == row["pgd3_top1"]
-    assert before == {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
-    assert (tmp_path / "row.json").read_text().count("\n") == 1
+    after = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
+    kept = after.pop(tmp_path / "r" / "eval" / "evaluations.jsonl")
+    assert after == before
+    assert kept == (tmp_path / "row.json").read_bytes()
+    assert kept.count(b"\n") == 1
