@@ -6,22 +6,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fasttht import kernels, log
 from fasttht.attacks.pgd import Draw
 from fasttht.build import amp_dtype_of, build_loader, describe_loader
 from fasttht.config_file import digest
-from fasttht.errors import UsageError
+from fasttht.distributed import SOLO, World
+from fasttht.knn_search import check_k, encoded, vote
 from fasttht.loop import Loop
-from fasttht.moco import MocoState, build_encoder, finished, moco_step, recipe_of
+from fasttht.meeting import Meeting
+from fasttht.moco import MocoState, build_encoder, check_groups, finished, moco_step, recipe_of
 from fasttht.models.clean_encoder import CleanEncoder
 from fasttht.pipelines.loader import Batch, Loader
 from fasttht.pipelines.splits import Splits
 from fasttht.pretrain_config import PretrainConfig
 from fasttht.schedule import CosineSchedule, LearningRate, Schedule
+
+NEIGHBOURS = "neighbours"
 
 
 class TwoViews:
@@ -84,6 +87,8 @@ def build_schedule(config: PretrainConfig, steps_per_pass: int) -> LearningRate:
 class Pretrainer(Loop[tuple[Batch, Batch]]):
     """One run of `fasttht pretrain`, from its start or its newest checkpoint.
 
+    world: the processes that train together; see `distributed.open_world`.
+
     Raises (on construction, before anything is written): DataError, UsageError, CheckpointError.
     """
 
@@ -91,26 +96,24 @@ class Pretrainer(Loop[tuple[Batch, Batch]]):
     loader: TwoViews
     state: MocoState
 
-    def __init__(self, config: PretrainConfig) -> None:
-        super().__init__(config, config.run.output or default_output(config))
+    def __init__(self, config: PretrainConfig, *, world: World = SOLO) -> None:
+        super().__init__(config, config.run.output or default_output(config), world=world)
         self.config = config
+        check_groups(config, world)
         self.loader = TwoViews(
-            build_loader(config, self.splits, self.device, train=True, report=log.say),
-            build_loader(config, self.splits, self.device, train=True, view=1),
+            build_loader(config, self.splits, self.device, train=True, report=self._report_bad, world=world),
+            build_loader(config, self.splits, self.device, train=True, view=1, world=world),
         )
-        self.eval_loader = build_loader(config, self.splits, self.device, train=False)
+        self.eval_loader = build_loader(config, self.splits, self.device, train=False, world=world)
         # The neighbours are training images as evaluation shows them: whole, in file order.
         both = Splits(self.splits.train, self.splits.train)
-        self.neighbour_loader = build_loader(config, both, self.device, train=False)
-        if config.evaluation.knn_k > len(self.splits.train):
-            raise UsageError(
-                f"--knn-k: expected at most the {len(self.splits.train)} training images, got {config.evaluation.knn_k}"
-            )
+        self.neighbour_loader = build_loader(config, both, self.device, train=False, world=world)
+        check_k(config.evaluation.knn_k, len(self.splits.train))
         self.steps_per_pass = self.loader.query.plan.num_steps
         self.num_passes = config.optim.epochs
         schedule = build_schedule(config, self.steps_per_pass)
         encoder = build_encoder(config, self.device)
-        self.state = MocoState(config, encoder, schedule, amp_dtype=amp_dtype_of(config, self.device))
+        self.state = MocoState(config, encoder, schedule, amp_dtype=amp_dtype_of(config, self.device), world=world)
         self.recipe = recipe_of(config)
         self._begin()
 
@@ -125,13 +128,18 @@ class Pretrainer(Loop[tuple[Batch, Batch]]):
             f"{self.num_passes} passes of {self.steps_per_pass} steps, batch {optim.batch_size}, lr {optim.lr:g}",
             describe_loader(config, self.splits, self.device),
         ]
+        if self.world.size > 1:
+            lines.append(
+                f"{self.world.size} processes, each with its slice of every batch and "
+                f"{moco.shuffle_groups // self.world.size} of the groups; keys are shuffled over all of them"
+            )
         if self.resumed:
             lines.append(f"resuming {self.folder.path} after step {self.state.step} of {self.total_steps}")
         return "\n".join(lines)
 
     def _step(self, item: tuple[Batch, Batch]) -> None:
         draw = Draw(self.config.run.seed, self.loader.epoch, self.state.step)
-        moco_step(self.state, self.config, *item, self.recipe, draw)
+        moco_step(self.state, self.config, *item, self.recipe, draw, total=self.config.optim.batch_size)
         self.state.step += 1
 
     def _means(self, sums: dict[str, float]) -> dict[str, Any]:
@@ -154,31 +162,31 @@ class Pretrainer(Loop[tuple[Batch, Batch]]):
     def _evaluate(self, kind: str) -> dict[str, Any]:
         encoder = finished(self.state)
         try:
-            known, labels = features(encoder, self.neighbour_loader)
+            known, labels = self._neighbours(encoder)
         finally:
             self.neighbour_loader.close()
-        feat, y = features(encoder, self.eval_loader)
+        feat, y = self._encoded(encoder, self.eval_loader)
         found = vote(feat, known, labels, k=self.config.evaluation.knn_k, num_classes=self.splits.num_classes)
-        top1 = 100 * int((found == y).sum()) / len(y)
-        return self._record(kind, {"knn_top1": round(top1, 4), "images": len(y)})
+        counted = torch.stack([(found == y).sum(), y.new_full((), len(y))])
+        correct, images = self.world.sum_("hits", counted).tolist()  # each rank has its rows of every batch
+        return self._record(kind, {"knn_top1": round(100 * correct / images, 4), "images": images})
 
+    def _encoded(self, encoder: CleanEncoder, loader: Loader) -> tuple[Tensor, Tensor]:
+        """Return the features and labels of this rank's images; all ranks leave together at a signal."""
+        with Meeting(self.world, self._stop, loader.plan.num_steps) as meeting:
+            return encoded(encoder, loader, on_batch=lambda images: meeting.meet())
 
-@torch.no_grad()
-def features(encoder: CleanEncoder, loader: Loader) -> tuple[Tensor, Tensor]:
-    """Return the unit features (N, D) and labels (N,) of every image of an evaluation loader, in file order."""
-    found = [(encoder(kernels.u8_to_input(batch.x)), batch.y) for batch in loader]
-    return torch.cat([feat for feat, _ in found]), torch.cat([y for _, y in found])
-
-
-@torch.no_grad()
-def vote(feat: Tensor, known: Tensor, labels: Tensor, *, k: int, num_classes: int, rows: int = 256) -> Tensor:
-    """Return the class of each feature by its k nearest known ones, each voting with its cosine, (B,) int64.
-
-    Shapes: feat (B, D), known (N, D), unit norm; labels (N,). `rows` features are compared at a time.
-    """
-    out = []
-    for part in torch.split(feat, rows):
-        similarity, nearest = (part @ known.t()).topk(k, dim=1)
-        votes = F.one_hot(labels[nearest], num_classes).to(similarity.dtype)
-        out.append((votes * similarity[:, :, None]).sum(dim=1).argmax(dim=1))
-    return torch.cat(out)
+    def _neighbours(self, encoder: CleanEncoder) -> tuple[Tensor, Tensor]:
+        """Return features (N, D) and labels (N,) of the training images in file order; each rank encodes its own."""
+        plan = self.neighbour_loader.plan
+        feat, y = self._encoded(encoder, self.neighbour_loader)
+        if self.world.size == 1:
+            return feat, y
+        order = plan.order()
+        rows = np.concatenate([plan.batch(order, step) for step in range(plan.num_steps)])
+        whole = []
+        for own in (feat, y):
+            all_rows = own.new_zeros(plan.num_samples, *own.shape[1:])
+            all_rows[torch.from_numpy(rows).to(own.device)] = own
+            whole.append(self.world.sum_(NEIGHBOURS, all_rows))
+        return whole[0], whole[1]

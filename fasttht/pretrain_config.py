@@ -11,6 +11,7 @@ from cyclopts import Group, Parameter
 
 from fasttht.config import DataConfig, Many, Pair, RunConfig
 from fasttht.errors import UsageError
+from fasttht.ranges import check_sizes
 
 
 def _section(title: str, order: int) -> Parameter:
@@ -64,7 +65,7 @@ class MocoConfig:
     key_momentum: float = 0.999
     "Momentum m of the key encoder: k <- m k + (1 - m) q after every update."
     shuffle_groups: int = 8
-    "Groups that BN normalises apart, as on so many GPUs; the keys' are shuffled. 1 disables."
+    "Groups of a batch that BN normalises apart, as on so many GPUs; the keys' are shuffled. 1 disables."
     mask_same_index: bool = False
     "Never use an image's own older key as its negative. The original does."
 
@@ -76,7 +77,7 @@ class PretrainOptimConfig:
     epochs: int = 200
     "Passes over the data."
     batch_size: int = 256
-    "Images per step."
+    "Images per step, over all processes; a multiple of --shuffle-groups."
     lr: float | None = None
     "Peak learning rate. Default: 0.03 x batch/256."
     momentum: float = 0.9
@@ -129,12 +130,19 @@ def resolve_pretrain(config: PretrainConfig) -> PretrainConfig:
         config, **{f.name: dataclasses.replace(getattr(config, f.name)) for f in dataclasses.fields(config)}
     )
     data, moco, optim = config.data, config.moco, config.optim
-    _check_ranges(config)
+    check_ranges(config)
     if optim.batch_size < 2 * moco.shuffle_groups:
         raise UsageError(
             f"--shuffle-groups: expected at least two images in each of its groups, got {moco.shuffle_groups} groups "
             f"of a batch of {optim.batch_size}; BN has no statistics of one image"
         )
+    if optim.batch_size % moco.shuffle_groups:
+        raise UsageError(
+            f"--batch-size: expected a multiple of the {moco.shuffle_groups} --shuffle-groups, which have the same "
+            f"number of images, got {optim.batch_size}; change one of them"
+        )
+    if not config.run.dist_timeout > 0:
+        raise UsageError(f"--dist-timeout: expected a positive number of seconds, got {config.run.dist_timeout:g}")
     if optim.lr is None:
         optim.lr = 0.03 * optim.batch_size / 256
     if optim.sched == "cosine" and optim.decay_milestones is not None:
@@ -146,7 +154,9 @@ def resolve_pretrain(config: PretrainConfig) -> PretrainConfig:
     return config
 
 
-def _check_ranges(config: PretrainConfig) -> None:
+def check_ranges(config: PretrainConfig) -> None:
+    """Refuse numbers outside their ranges. Raises: UsageError naming the flag, the range and the value."""
+    check_sizes(config)
     data, model, moco, optim, run = config.data, config.model, config.moco, config.optim, config.run
     at_least: list[tuple[str, float | None, float]] = [
         ("--img-size", data.img_size, 1), ("--workers", data.workers, 0), ("--width", model.width, 1),
@@ -157,7 +167,7 @@ def _check_ranges(config: PretrainConfig) -> None:
         ("--knn-k", config.evaluation.knn_k, 1), ("--eval-batch-size", config.evaluation.eval_batch_size, 1),
         ("--eval-interval", config.evaluation.eval_interval, 0), ("--threads", run.threads, 0),
         ("--checkpoint-interval", run.checkpoint_interval, 0), ("--checkpoint-hist", run.checkpoint_hist, 1),
-        ("--log-interval", run.log_interval, 1),
+        ("--log-interval", run.log_interval, 1), ("--checkpoint-minutes", run.checkpoint_minutes, 0),
     ]  # fmt: skip
     for flag, value, low in at_least:
         if value is not None and not value >= low:

@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttht.attacks.pgd import Draw
 from fasttht.augment import Recipe, augment
-from fasttht.moco import STREAM_SHUFFLE, MocoState, build_encoder, finished, moco_step, shuffled
+from fasttht.distributed import SOLO
+from fasttht.key_shuffle import STREAM_SHUFFLE, draw_shuffle
+from fasttht.moco import MocoState, build_encoder, finished, moco_step
 from fasttht.models.clean_encoder import Encoder
 from fasttht.pipelines.loader import Batch, Loader
 from fasttht.pipelines.plan import Augment, EpochPlan, hash_rows
 from fasttht.pipelines.splits import open_splits
-from fasttht.pretrain import TwoViews, build_schedule, vote
+from fasttht.pretrain import TwoViews, build_schedule
 from fasttht.pretrain_config import PretrainConfig, resolve_pretrain
 from fasttht.schedule import CosineSchedule
 
@@ -77,9 +79,15 @@ class Plain:
         self.groups = groups
 
     def encode(self, encoder: nn.Module, x: Tensor, order: np.ndarray) -> Tensor:
+        """As on so many GPUs that start with the same running statistics, and average them."""
         feats: dict[int, Tensor] = {}
-        for part in np.array_split(order, self.groups):
-            feats |= dict(zip(part.tolist(), encoder(x[part]), strict=True))
+        found = []
+        for part in np.split(order, self.groups):
+            own = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+            feats |= dict(zip(part.tolist(), torch.func.functional_call(encoder, own, x[part]), strict=True))
+            found.append(own)
+        for name, buffer in encoder.named_buffers():
+            buffer.copy_(torch.stack([own[name].double() for own in found]).mean(dim=0))
         return torch.stack([feats[i] for i in range(len(x))])
 
     def step(self, x_query: Tensor, x_key: Tensor, rows: Tensor, draw: Draw, lr: float) -> float:
@@ -88,7 +96,7 @@ class Plain:
                 own.mul_(0.75).add_(theirs, alpha=0.25)
         order = np.arange(len(rows))
         if self.groups > 1:
-            hashed = hash_rows(STREAM_SHUFFLE, draw.seed, draw.epoch, draw.step, rows.numpy()).view(np.int64)
+            hashed = hash_rows(STREAM_SHUFFLE, draw.seed, draw.epoch, draw.step, order).view(np.int64)
             order = np.argsort(hashed, kind="stable")
         with torch.no_grad():
             k = self.encode(self.key, x_key, order)
@@ -108,12 +116,13 @@ class Plain:
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_steps_equal_the_published_method(groups: int) -> None:
-    config = tiny_config(shuffle_groups=groups)
+    """Of 16 images: in groups of 2 the last stage, one pixel large, is -1 and 1, and its gradients rounding errors."""
+    config = tiny_config(shuffle_groups=groups, batch_size=16)
     state = tiny_state(config)
-    plain = Plain(state.encoder, groups)
+    plain = Plain(tiny_state(tiny_config()).encoder, groups)  # its BN is torch's own
     losses = []
     for step in range(5):
-        query, key = views(step)
+        query, key = views(step, 16)
         draw = Draw(0, 0, step)
         moco_step(state, config, query, key, NOTHING, draw)
         rate = float(np.float32(0.125 * 0.5 * (1 + np.cos(np.pi * step / 10))))  # the device holds it in float32
@@ -121,9 +130,11 @@ def test_steps_equal_the_published_method(groups: int) -> None:
     assert losses[0] == 0, "the queue is empty"
     assert min(losses[1:]) > 0
     sums = state.meter.read()
-    assert sums["loss"] / 8 == pytest.approx(sum(losses), rel=1e-9)
+    assert sums["loss"] / 16 == pytest.approx(sum(losses), rel=1e-9)
     for name, own in state.encoder.state_dict().items():
         torch.testing.assert_close(own, plain.query.state_dict()[name], rtol=1e-8, atol=1e-10, msg=name)
+    for name, buffer in state.key_encoder.named_buffers():
+        torch.testing.assert_close(buffer, plain.key.get_buffer(name), rtol=1e-8, atol=1e-10, msg=name)
     # ours has followed after the last update already
     for own, theirs, source in zip(
         state.key_encoder.parameters(), plain.key.parameters(), plain.query.parameters(), strict=True
@@ -194,34 +205,40 @@ def test_an_older_key_of_the_same_image_is_a_negative_unless_masked() -> None:
         assert (state.meter.read()["loss"] == 0) == zero
 
 
-def test_both_views_are_augmented_by_draws_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, seen = tiny_config(), []
-    state = tiny_state(config)
+@pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_both_views_are_augmented_by_draws_of_their_own_in_full_precision(
+    amp_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(shuffle_groups=2, width=8)
+    encoder = build_encoder(config, torch.device("cpu"))
+    state = MocoState(config, encoder, CosineSchedule(0.125, total=10), amp_dtype=amp_dtype)
+    seen: list[Tensor] = []
     monkeypatch.setattr(state.encoder.normalize, "forward", lambda x: (seen.append(x), x)[1])
     monkeypatch.setattr(state.key_encoder.normalize, "forward", lambda x: (seen.append(x), x)[1])
     query, _ = views(0)
     draw = Draw(0, 1, 2)
     moco_step(state, config, query, query, FULL, draw)
-    x = query.x.double() / 255
-    expected = [augment(x, query.index, FULL, draw, view=view) for view in (1, 0)]
-    assert [bool(torch.equal(own, theirs)) for own, theirs in zip(seen, expected, strict=True)] == [True, True]
-    assert not torch.equal(*expected)
+    x = query.x.float() / 255
+    x_key, x_query = (augment(x, query.index, FULL, draw, view=view) for view in (1, 0))
+    assert torch.equal(seen[0], x_key[draw_shuffle(8, draw, SOLO).order])
+    assert torch.equal(seen[1], x_query)
+    assert not torch.equal(x_key, x_query)
 
 
-def test_shuffling_groups_other_images_together_and_gives_back_the_order() -> None:
-    groups_seen: list[list[float]] = []
-
-    def encoder(x: Tensor) -> Tensor:
-        groups_seen.append(sorted(x.flatten().tolist()))
-        return x.flatten(1) * 2
-
-    x, index = torch.arange(32.0).view(32, 1, 1, 1), torch.arange(32)
-    for step in range(2):
-        assert torch.equal(shuffled(encoder, x, index, 4, Draw(0, 0, step)), x.flatten(1) * 2)
-    assert [len(group) for group in groups_seen] == [8] * 8
-    assert sorted(value for group in groups_seen[:4] for value in group) == x.flatten().tolist()
-    assert groups_seen[:4] != groups_seen[4:]
-    assert [0.0, 1, 2, 3, 4, 5, 6, 7] not in groups_seen
+def test_a_shuffle_gives_back_the_order_and_puts_other_images_together_at_every_step() -> None:
+    x = torch.arange(32, dtype=torch.uint8).view(32, 1, 1, 1).expand(32, 3, 2, 2)
+    seen = []
+    for step in range(3):
+        shuffle = draw_shuffle(32, Draw(0, 0, step), SOLO)
+        dealt = shuffle.deal(x)
+        assert dealt.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(shuffle.gather(dealt.flatten(1) * 2), x.flatten(1) * 2)
+        assert torch.equal(shuffle.at_my_places(torch.arange(32)), dealt[:, 0, 0, 0].long())
+        groups = [sorted(group.tolist()) for group in dealt[:, 0, 0, 0].split(8)]
+        assert sorted(value for group in groups for value in group) == list(range(32))
+        assert [0, 1, 2, 3, 4, 5, 6, 7] not in groups
+        seen.append(groups)
+    assert seen[0] != seen[1] != seen[2]
 
 
 class CountSyncs(TorchDispatchMode):
@@ -248,7 +265,6 @@ def test_a_step_does_not_wait_for_the_device() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_step_on_the_device_does_not_wait_for_it() -> None:
     config = tiny_config(shuffle_groups=2)
     encoder = build_encoder(config, torch.device("cuda"))
@@ -353,19 +369,6 @@ def test_two_views_walk_the_same_rows_and_continue_where_they_were() -> None:
         assert torch.equal(key.x, key_then.x)
     whole.close()
     second.close()
-
-
-def test_the_vote_is_that_of_a_search_through_everything() -> None:
-    rng = np.random.default_rng(0)
-    feat, known = (rng.standard_normal((count, 4)) for count in (30, 50))
-    feat, known = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (feat, known))
-    labels = rng.integers(0, 3, 50)
-    expected = []
-    for row in feat:
-        nearest = sorted(range(50), key=lambda j: -(row @ known[j]))[:7]
-        expected.append(max(range(3), key=lambda c: sum(row @ known[j] for j in nearest if labels[j] == c)))
-    found = vote(*map(torch.from_numpy, (feat, known, labels)), k=7, num_classes=3, rows=8)
-    assert found.tolist() == expected
 
 
 def test_the_rate_falls_along_half_a_cosine_or_in_steps() -> None:

@@ -232,6 +232,8 @@ def test_folders_of_the_two_commands_are_not_confused(run: Run) -> None:
     [
         (("--queue-siz", "4"), ("--queue-siz", "--queue-size")),
         (("--batch-size", "64", "--shuffle-groups", "33"), ("--shuffle-groups", "two images")),
+        (("--batch-size", "100", "--shuffle-groups", "8"), ("--batch-size", "multiple of the 8 --shuffle-groups")),
+        (("--dist-timeout", "0"), ("--dist-timeout", "positive")),
         (("--tau", "0"), ("--tau", "more than 0")),
         (("--hue", "0.6"), ("--hue", "half the colour circle")),
         (("--jitter", "-1"), ("--jitter", "at least 0")),
