@@ -5,31 +5,43 @@ Importing this module, parsing and validating never import torch; each command i
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
+import typing
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import App, ArgumentCollection, Parameter
 from cyclopts.config import Dict
-from cyclopts.exceptions import CycloptsError
 
 import fasttht
 from fasttht import config_file
 from fasttht.bench.commands import bench_app
-from fasttht.config import Many, Pixels, TrainConfig
+from fasttht.config import Many, TrainConfig
 from fasttht.data_commands import data_app
-from fasttht.errors import FastthtError, UsageError
+from fasttht.errors import UsageError
+from fasttht.eval_commands import evaluate
+from fasttht.exits import code_of
+from fasttht.export_commands import export
+from fasttht.plot_commands import plot_app
 from fasttht.pretrain_config import PretrainConfig, resolve_pretrain
+from fasttht.ranges import short
 from fasttht.resolve import resolve
+from fasttht.signals import ending
 
 app = App(
     name="fasttht",
     help="Train adversarially robust classifiers with Two Head Adversarial Training (THAT), fast.",
     version=fasttht.__version__,
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # `run` says what to do next
 )
 app.command(data_app)
 app.command(bench_app)
+app.command(evaluate, name="eval")
+app.command(export)
+app.command(plot_app)
 
 Config = Annotated[TrainConfig, Parameter(name="*")]
 Preset = Annotated[
@@ -53,27 +65,30 @@ def train(*, preset: Preset = None, config_path: ConfigFile = None, config: Conf
     if chosen.data.data is None and preset not in (None, config_file.QUICKSTART):
         raise UsageError(f"--preset {preset}: expected --data beside it, got none; the embedded digits take quickstart")
     from fasttht import log
+    from fasttht.build import open_device
+    from fasttht.distributed import open_world
+    from fasttht.preemption import marked
     from fasttht.run_folder import RunFolder
     from fasttht.train import Trainer, default_output
 
     folder = RunFolder(chosen.run.output or default_output(chosen))
-    row = None
-    if folder.exists():
-        folder.check_same(chosen)
-        row = folder.final() if chosen.run.resume == "auto" else None
-    if row is not None:
-        log.say(f"{folder.path} is finished; this is its result (give another --output or --seed to train again)")
-    else:
-        trainer = Trainer(chosen)
-        log.say(trainer.describe())
-        splits = (trainer.splits.train, trainer.splits.val)
-        unchecked = [str(split.path) for split in splits if not getattr(split, "has_manifest", True)]
-        if unchecked:
-            log.say(f"{' and '.join(unchecked)}: no manifest, so damaged images may go unseen; see fasttht data verify")
-        row = trainer.fit()
-    assert row is not None, "a run that was not stopped has a final row"
-    log.scores(f"{row['images']} held-out images, {config_file.radius_text(chosen)}", row)
-    log.say(f"run folder: {folder.path}")
+    device, timeout_s = open_device(chosen, several=True), chosen.run.dist_timeout
+    with marked(folder.path), open_world(device, timeout_s=timeout_s) as world:
+        row = world.on_main("the run folder", lambda: folder.result(chosen))
+        if row is not None:
+            log.say(f"{folder.path} is finished; this is its result (give another --output or --seed to train again)")
+        else:
+            trainer = Trainer(chosen, world=world)
+            log.say(trainer.describe())
+            splits = (trainer.splits.train, trainer.splits.val)
+            unchecked = [str(split.path) for split in splits if not getattr(split, "has_manifest", True)]
+            if unchecked:
+                what = " and ".join(unchecked)
+                log.say(f"{what}: no manifest, so damaged images may go unseen; see fasttht data verify")
+            row = trainer.fit()
+        assert row is not None, "a run that was not stopped has a final row"
+        log.scores(f"{row['images']} held-out images, {config_file.radius_text(chosen)}", row)
+        log.say(f"run folder: {folder.path}")
     return 0
 
 
@@ -107,77 +122,24 @@ def pretrain(
     if chosen.data.data is None and preset not in (None, config_file.PRETRAIN):
         raise UsageError(f"--preset {preset}: expected --data beside it, got none; the embedded digits take pretrain")
     from fasttht import log
+    from fasttht.build import open_device
+    from fasttht.distributed import open_world
+    from fasttht.preemption import marked
     from fasttht.pretrain import Pretrainer, default_output
     from fasttht.run_folder import RunFolder
 
     folder = RunFolder(chosen.run.output or default_output(chosen))
-    row = None
-    if folder.exists():
-        folder.check_same(chosen)
-        row = folder.final() if chosen.run.resume == "auto" else None
-    if row is None:
-        trainer = Pretrainer(chosen)
-        log.say(trainer.describe())
-        row = trainer.fit()
-    assert row is not None, "a run that was not stopped has a final row"
-    log.say(f"{chosen.evaluation.knn_k} nearest neighbours: {row['knn_top1']:.2f} % of {row['images']} held-out images")
-    log.say(f"next: fasttht train --clean-encoder {folder.path}")
-    return 0
-
-
-@app.command(name="eval")
-def evaluate(
-    run: Path,
-    /,
-    *,
-    eval_steps: Annotated[tuple[int, ...] | None, Many] = None,
-    goal: Literal["run", "untargeted", "targeted", "both"] = "run",
-    eps: Pixels | None = None,
-    norm: Literal["linf", "l2", "l2-relative"] | None = None,
-    eval_rule: Literal["ratio", "paper"] | None = None,
-    eval_restarts: int | None = None,
-    eval_batch_size: int | None = None,
-    output: Path | None = None,
-    per_image: Path | None = None,
-    device: str = "auto",
-) -> int:
-    """Evaluate a run folder's newest checkpoint on clean and PGD-attacked held-out images.
-
-    Every image counts once; random starts and targets depend on the image only, not on the batch size.
-
-    Parameters
-    ----------
-    run
-        Run folder.
-    eval_steps
-        PGD lengths. Default: the run's own.
-    goal
-        Attack goals. run: untargeted, and targeted too if the run trained against that.
-    eps
-        Radius of the ball. Default: the run's own; for another --norm that norm's default.
-    norm
-        Norm of the ball. l2-relative: eps times each image's own l2 norm (Table 4). Default: the run's own.
-    eval_rule
-        Step size for K steps. ratio: 2.5 eps/K; paper: max(1/255, eps/K), in l2 eps/K. Default: the run's own.
-    eval_restarts
-        Random starts per attack; above 1 the worst of them for each image is reported as well. Default: the run's own.
-    eval_batch_size
-        Images per batch. Default: the run's own.
-    output
-        Also append the row as one JSON line to this file.
-    per_image
-        Also write which images were right to this file, a NumPy archive with a bool for each image under each attack.
-    device
-        cpu, cuda or cuda:N; auto: cuda if there is one, else cpu.
-    """
-    from fasttht.evaluate import evaluate_run
-
-    settings = {
-        "eval_steps": eval_steps, "eval_rule": eval_rule, "eval_restarts": eval_restarts,
-        "eval_batch_size": eval_batch_size,
-    }  # fmt: skip
-    changes = {name: value for name, value in settings.items() if value is not None}
-    evaluate_run(run, changes=changes, goal=goal, eps=eps, norm=norm, output=output, per_image=per_image, device=device)
+    device, timeout_s = open_device(chosen, several=True), chosen.run.dist_timeout
+    with marked(folder.path), open_world(device, timeout_s=timeout_s) as world:
+        row = world.on_main("the run folder", lambda: folder.result(chosen))
+        if row is None:
+            trainer = Pretrainer(chosen, world=world)
+            log.say(trainer.describe())
+            row = trainer.fit()
+        assert row is not None, "a run that was not stopped has a final row"
+        top1, images = row["knn_top1"], row["images"]
+        log.say(f"{chosen.evaluation.knn_k} nearest neighbours: {top1:.2f} % of {images} held-out images")
+        log.say(f"next: fasttht train --clean-encoder {folder.path}")
     return 0
 
 
@@ -286,6 +248,20 @@ def layers(tokens: list[str]) -> list[Dict]:
     return found
 
 
+def check_whole(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse a broken number where a whole one is meant: the parser would round it. Raises: UsageError."""
+    for argument in arguments:
+        if int not in (argument.hint, *typing.get_args(argument.hint)):
+            continue
+        for token in argument.tokens:
+            try:
+                number = float(token.value)
+            except ValueError:
+                continue  # no number at all: the parser says so
+            if token.value.strip("+-_0123456789") and not number.is_integer():
+                raise UsageError(f"{argument.name}: expected a whole number, got {short(token.value)}")
+
+
 def _value(tokens: list[str], flag: str) -> str | None:
     """Return what follows a flag, before the words are parsed: the layers below them must be known first."""
     for i, token in enumerate(tokens):
@@ -299,40 +275,41 @@ def _value(tokens: list[str], flag: str) -> str | None:
 def main(tokens: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     tokens = sys.argv[1:] if tokens is None else tokens
-    sys.exit(run(tokens))
+    try:
+        code = run(tokens)
+    except BaseException:
+        _exit_at_once(1, traceback.format_exc())
+        raise
+    _exit_at_once(code, "")
+    sys.exit(code)
+
+
+def _exit_at_once(code: int, trace: str) -> None:
+    """End a process that lost the others of its group here: what it still waits for in threads will never come."""
+    distributed = sys.modules.get("fasttht.distributed")
+    if distributed is None or not distributed.lost:
+        return
+    sys.stderr.write(trace)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run(tokens: list[str]) -> int:
     """Run one command and return its exit code; a user's mistake prints one line to stderr, no traceback."""
-    from fasttht.log import fail
-    from fasttht.pipelines import DataError
-
     try:
-        app.config = layers(tokens) if tokens[:1] in (["train"], ["config"], ["pretrain"]) else []
-        result = app(tokens, exit_on_error=False, print_error=False)
+        with ending():
+            configured = tokens[:1] in (["train"], ["config"], ["pretrain"])
+            below = layers(tokens) if configured else []
+            if configured and _value(tokens, "--config"):
+                # A flag hides the file's value from the parser; a wrong one is to be said all the same.
+                app.config = [*below[:1], check_whole]
+                app.parse_args(tokens[:1], exit_on_error=False, print_error=False)
+            app.config = [*below, check_whole]
+            result = app(tokens, exit_on_error=False, print_error=False)
         return int(result or 0)
-    except CycloptsError as error:
-        fail(" ".join(str(error).split()))
-        return 2
-    except FastthtError as error:
-        fail(str(error))
-        return error.exit_code
-    except DataError as error:
-        fail(str(error))
-        return error.exit_code
-    except OSError as error:
-        what = error.filename or "a file"
-        fail(f"{what}: expected to read or write it, got: {error.strerror}; check the path and the disk")
-        return 6
-    except RuntimeError as error:
-        # torch.OutOfMemoryError is one, and what the CPU's allocator raises; their names would need torch here.
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+    except BaseException as error:
+        code = code_of(error, tokens)
+        if code is None:
             raise
-        fail(
-            f"memory: expected enough, got: {str(error).splitlines()[0][:200]}; lower --batch-size or "
-            "--bank-size, or raise --grad-accum-steps"
-        )
-        return 6
-    except KeyboardInterrupt:
-        fail("stopped; the same command again continues from the last checkpoint")
-        return 130
+        return code

@@ -6,6 +6,7 @@ derived from the others by `resolve.resolve`, which also refuses what cannot be;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter, Token
+
+from fasttht.ranges import short
 
 
 def parse_pixels(type_: object, tokens: Sequence[Token]) -> float:
@@ -22,11 +25,24 @@ def parse_pixels(type_: object, tokens: Sequence[Token]) -> float:
     """
     text = tokens[0].value
     try:
-        value = float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"expected a number in [0, 1] or a fraction, got {text}; for example 16/255") from None
+        value = pixels_of(text)
+    except ValueError:
+        got = short(text)
+        raise ValueError(f"expected a number in [0, 1] or a fraction, got {got}; for example 16/255") from None
     if value < 0:
         raise ValueError(f"expected a number in [0, 1] or a fraction, got {text}")
+    return value
+
+
+def pixels_of(text: str) -> float:
+    """Return the number that `16/255` or `0.06` is. Raises: ValueError for what is none, or not finite."""
+    try:
+        # Fraction alone would compute 1e999999999 digit by digit.
+        value = float(Fraction(text)) if "/" in text else float(text)
+    except (ZeroDivisionError, OverflowError):
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"expected a finite number, got {short(text)}")
     return value
 
 
@@ -69,7 +85,7 @@ class DataConfig:
     order: Literal["random", "paged"] = "random"
     "paged: shuffle the pages of train.beton, and images among 64 of them, for files larger than memory."
     on_bad_sample: Literal["error", "replace"] = "error"
-    "What a training image that cannot be decoded does. replace: another one, the same in every run, takes its place."
+    "What a training image does that cannot be decoded or claims over 89,478,485 pixels. replace: another one is shown."
     max_bad_samples: int = 100
     "With --on-bad-sample replace: images that may be bad; one more is an error."
     stall_timeout: float = 600.0
@@ -96,6 +112,8 @@ class ModelConfig:
     "Add a feature denoising block (Xie et al. 2019) behind each of the four stages; the attack is then eager."
     bn_group_size: int = 0
     "Images that BN normalises together in training, as if on a GPU of their own (the paper: 128); 0: all it is given."
+    sync_bn: bool = False
+    "Of several processes: BN normalises the images of all together, as one process would, not each one's apart."
     init: Path | None = None
     "Start from these weights: a run folder, or a safetensors or PyTorch file of ours or with torchvision's names."
 
@@ -200,7 +218,7 @@ class OptimConfig:
     decay_rate: float = 0.1
     "Factor of each drop."
     smoothing: float = 0.1
-    "Label smoothing of the training loss, never of the attack; 0 disables."
+    "Label smoothing of the training loss, and so of what --replay's delta ascends; PGD has none. 0 disables."
     amp_dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     "Type of the forward and backward passes; auto: fp16 on CUDA, fp32 on CPU. Evaluation is always fp32."
     step_engine: StepEngineName = "auto"
@@ -245,16 +263,20 @@ class RunConfig:
     "cpu, cuda or cuda:N; auto: cuda if there is one, else cpu."
     threads: int = 0
     "CPU threads of torch; 0: torch's own choice. Small networks want 1: more only wait for each other."
-    resume: Literal["auto", "never"] = "auto"
-    "auto: continue from the run folder's newest checkpoint; never: refuse a run folder that has one."
+    resume: str = "auto"
+    "auto: from the newest checkpoint; never: refuse a folder with one; a path: go back to it. Once begun: as auto."
     checkpoint_interval: int = 0
     "Steps between checkpoints, beside the one after every pass; 0 disables."
+    checkpoint_minutes: float = 0.0
+    "Minutes after which the next step ends with a checkpoint, beside the others; 0 disables."
     checkpoint_hist: int = 2
-    "Checkpoints kept."
+    "Newest checkpoints kept, beside the one that --eval-interval found best (the highest lowest accuracy)."
     log_interval: int = 50
     "Steps between rows of metrics.jsonl; the only times the host waits for the device."
     tensorboard: bool = False
     "Also write tb/ (needs the `tensorboard` extra)."
+    dist_timeout: float = 600.0
+    "Of several processes: seconds that one may keep the others waiting, after which the run ends and names it."
 
 
 @Parameter(name="*")

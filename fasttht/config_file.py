@@ -10,11 +10,14 @@ import tomllib
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from fasttht.config import TrainConfig
-from fasttht.errors import UsageError
+from fasttht.config import TrainConfig, pixels_of
+from fasttht.errors import CheckpointError, UsageError
 from fasttht.pretrain_config import PretrainConfig
+from fasttht.pretrain_config import check_ranges as check_pretrain_ranges
+from fasttht.resolve import check_ranges
+from fasttht.traits import TRAITS
 
 AnyConfig = TrainConfig | PretrainConfig
 _Config = TypeVar("_Config", TrainConfig, PretrainConfig)
@@ -26,8 +29,14 @@ PRETRAIN = "pretrain"
 
 # Options that change where or how a run is computed, but not what is computed: a resume may change them.
 _NOT_IDENTITY = {
-    "output", "workers", "device", "resume", "checkpoint_interval", "checkpoint_hist", "log_interval",
-    "eval_batch_size", "tensorboard", "attack_graph", "threads", "max_bad_samples", "stall_timeout",
+    "output", "workers", "device", "resume", "checkpoint_interval", "checkpoint_minutes", "checkpoint_hist",
+    "log_interval", "eval_batch_size", "tensorboard", "attack_graph", "threads", "max_bad_samples", "stall_timeout",
+    "dist_timeout",
+}  # fmt: skip
+
+# Options that nobody leaves out of what a run writes: what `resolve` fills in.
+_DERIVED = {
+    "eps", "alpha", "targeted", "start_clean_prob", "classifier", "epochs", "batch_size", "lr", "decay_milestones",
 }  # fmt: skip
 
 
@@ -116,49 +125,104 @@ def read_preset(name: str, *, pretrain: bool = False) -> dict[str, Any]:
 def read_config_file(path: Path) -> dict[str, Any]:
     """Return the options of a TOML file.
 
-    Raises: UsageError if there is no such file or it is not TOML.
+    Raises: UsageError if there is no such file, or if it is not TOML, or has tables.
     """
     try:
-        return tomllib.loads(path.read_text())
+        options = tomllib.loads(path.read_text())
     except OSError as error:
         raise UsageError(f"--config: expected a readable file, got {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no TOML, no text, or a number of too many digits
         raise UsageError(f"--config: expected TOML in {path}, got: {error}") from None
+    for name, value in options.items():
+        if isinstance(value, dict):
+            raise UsageError(
+                f"--config: expected options without tables in {path}, got a table {name}; write name = value"
+            )
+    return options
 
 
 def from_flat(options: dict[str, Any], *, where: str) -> TrainConfig:
     """Build a configuration of `train` from options by name, as `to_toml` writes them.
 
-    Raises: UsageError naming an option that does not exist.
+    Raises: UsageError naming an option that does not exist or has a value that is none of its own.
     """
-    return _fill(TrainConfig(), options, where)
+    try:
+        return _fill(TrainConfig(), options)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from None
 
 
 def stored(path: Path) -> AnyConfig:
     """Read the configuration that a run wrote, of whichever command.
 
-    Raises: UsageError if it cannot be read or names an option that does not exist.
+    Raises: CheckpointError if it is not one; OSError if it cannot be read.
     """
-    options = read_config_file(path)
-    # queue_size is an option of every pre-training, and of nothing else
-    if "queue_size" in options:
-        return _fill(PretrainConfig(), options, str(path))
-    return _fill(TrainConfig(), options, str(path))
+    config: AnyConfig
+    try:
+        options = tomllib.loads(path.read_text())
+        if "queue_size" in options:  # an option of every pre-training, and of nothing else
+            config, derived = _fill(PretrainConfig(), options), _DERIVED & {"lr"}
+            check_pretrain_ranges(config)
+        else:
+            config, derived = _fill(TrainConfig(), options), _DERIVED
+            check_ranges(config)
+        missing = sorted(name for name in derived if flat(config)[name] is None)
+        if missing:
+            raise ValueError(f"expected a whole configuration, got none of {', '.join(missing)}")
+    except (ValueError, RecursionError, UsageError) as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path}: expected the configuration that the run wrote, got another file ({said}); restore it, or give "
+            "another --output"
+        ) from None
+    return config
 
 
-def _fill(config: _Config, options: dict[str, Any], where: str) -> _Config:
-    """Set options by name, in place."""
+def _fill(config: _Config, options: dict[str, Any]) -> _Config:
+    """Set options by name, in place. Raises: ValueError naming the first that is wrong, or all that are unknown."""
     left = dict(options)
     for section in dataclasses.fields(config):
         part = getattr(config, section.name)
+        hints = get_type_hints(type(part))
         for option in dataclasses.fields(part):
             if option.name in left:
-                value = left.pop(option.name)
-                if option.name in ("eps", "alpha"):
-                    value = float(Fraction(value))
-                elif option.name in ("data", "output", "init"):
-                    value = Path(value)
-                setattr(part, option.name, tuple(value) if isinstance(value, list) else value)
+                setattr(part, option.name, _value_of(option.name, left.pop(option.name), hints[option.name]))
     if left:
-        raise UsageError(f"{where}: expected only known options, got {', '.join(sorted(left))}")
+        raise ValueError(f"expected only known options, got {', '.join(sorted(left))}")
     return config
+
+
+def _value_of(name: str, value: Any, hint: Any) -> Any:
+    """Return a TOML value as what the option holds. Raises: ValueError naming the option."""
+    if name in ("eps", "alpha") and isinstance(value, str):
+        try:
+            return pixels_of(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    if isinstance(value, list):
+        value = tuple(value)
+    if name == "objective" and value in TRAITS:  # one of somebody's own, entered there
+        return value
+    if not _fits(value, hint):
+        words = getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
+        raise ValueError(f"{name}: expected {words}, got {value!r:.80}")
+    is_path = isinstance(value, str) and Path in (hint, *get_args(hint))
+    return Path(value) if is_path else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value may stand for an option of this type; a whole number may for a broken one, a text for a path."""
+    inner = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in inner
+    if get_origin(hint) is tuple:
+        many = inner[-1] is Ellipsis
+        each = inner[:1] * len(value) if many and isinstance(value, tuple) else inner
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
+    if inner:  # of two types, or of one and None
+        return any(_fits(value, one) for one in inner)
+    if hint is float:
+        return type(value) in (int, float)
+    if hint is Path:
+        return isinstance(value, str | Path)
+    return type(value) is hint

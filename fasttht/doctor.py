@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import resource
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +20,7 @@ from typing import Literal
 
 import torch
 
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 # Files, pipes and mapped data of a run with 32 workers; Debian's default is 1024.
 _OPEN_FILES = 1024
 # A ResNet-152's checkpoints, three at a time, are 2 GB.
@@ -35,7 +40,7 @@ class Finding:
 def examine(folder: Path) -> list[Finding]:
     """Look at everything; `folder` is where run folders would lie. Nothing is installed, written or sent."""
     looks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        _python, _torch, _gpu, _kernels, _decoders, _apex, lambda: _disk(folder), _limits
+        _python, _torch, _driver, _gpu, _nvrtc, _kernels, _decoders, _apex, lambda: _disk(folder), _limits
     )  # fmt: skip
     return [finding for look in looks for finding in look()]
 
@@ -51,6 +56,45 @@ def _torch() -> Iterator[Finding]:
     version = torch.__version__
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     yield Finding("torch", "ok", f"{version}, built for {built_for}, {torch.get_num_threads()} threads")
+
+
+def _driver() -> Iterator[Finding]:
+    found = driver_cuda()
+    if found is None:
+        yield Finding("driver", "absent", "no NVIDIA driver: libcuda.so.1 does not load")
+        return
+    text = f"{_driver_release() or 'of unknown release'}, for CUDA up to {found[0]}.{found[1]}"
+    built_for = int((torch.version.cuda or "0").split(".")[0])
+    if built_for > found[0]:
+        advice = f"update the driver, or install a torch built for CUDA {found[0]}"
+        yield Finding("driver", "problem", f"{text}; this torch is built for CUDA {torch.version.cuda}", advice)
+    else:
+        yield Finding("driver", "ok", text)
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """Return the newest CUDA version that the driver runs, None without a driver."""
+    version = ctypes.c_int()
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def _driver_release() -> str | None:
+    try:
+        found = re.search(r"Module.*?(\d+\.\d+(?:\.\d+)?)", _DRIVER_FILE.read_text(encoding="utf-8"))
+        return found[1] if found else None
+    except OSError:  # a container may hide it
+        pass
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.strip().split("\n")[0] or None
 
 
 def _gpu() -> Iterator[Finding]:
@@ -87,6 +131,24 @@ def judge_gpu(part: str, name: str, capability: tuple[int, int], memory: int, bu
     return Finding(part, "problem", f"{text}: this torch has no code for it", advice)
 
 
+def _nvrtc() -> Iterator[Finding]:
+    """The compiler of the kernels; it needs no GPU, so it is tried on a machine without one too."""
+    from fasttht.kernels import build
+
+    extra = f'pip install "fasttht[cuda{(torch.version.cuda or "12").split(".")[0]}]"'
+    try:
+        compiler = build.Nvrtc()
+        arch = max(compiler.archs, key=lambda name: int(name[3:]))
+        compiler.compile("drelu_add", (("VALUE", "Half"),), arch)
+    except Exception as error:  # of cuda.core, of its bindings, of the loader
+        broken = torch.cuda.is_available() and not isinstance(error, ImportError)
+        yield Finding("nvrtc", "problem" if broken else "absent", _first_line(error), extra)
+        return
+    archs = sorted(int(name[3:]) for name in compiler.archs)
+    text = f"{compiler.version} through cuda-core {_version('cuda-core')} compiles for sm_{archs[0]} to sm_{archs[-1]}"
+    yield Finding("nvrtc", "ok", text)
+
+
 def _kernels() -> Iterator[Finding]:
     from fasttht import kernels
 
@@ -102,14 +164,37 @@ def _decoders() -> Iterator[Finding]:
     from fasttht.pipelines import backends
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    packages = {"turbo": "simplejpeg", "ffcv": "ffcv", "dali-cpu": "nvidia-dali-cuda120"}
+    dali = "nvidia-dali-cuda120"
+    packages = {"turbo": "simplejpeg", "ffcv": "ffcv", "dali-cpu": dali, "dali-gpu": dali}
     for name, package in packages.items():
         obstacle = backends.why_not(name, device)
-        if obstacle is None:
+        broken = _why_not_loaded(name) if _is_installed(package) else None
+        if broken is not None:
+            again = f"pip install --force-reinstall {package}"
+            yield Finding(f"loader {name}", "problem", f"{package} {_version(package)} does not load: {broken}", again)
+        elif obstacle is None:
             yield Finding(f"loader {name}", "ok", f"{package} {_version(package)}")
         else:
             text, _, advice = obstacle.partition("; ")
             yield Finding(f"loader {name}", "absent", text, advice.removeprefix("run: "))
+
+
+def _why_not_loaded(name: str) -> str | None:
+    """Load what a decoder decodes with, and return what is wrong with it: to be installed is not enough."""
+    try:
+        if name == "ffcv":
+            from fasttht.pipelines.decode_ffcv import load_decode_into
+
+            load_decode_into()
+        else:
+            importlib.import_module("simplejpeg" if name == "turbo" else "nvidia.dali.backend")
+    except Exception as error:
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _apex() -> Iterator[Finding]:
@@ -144,6 +229,10 @@ def _limits() -> Iterator[Finding]:
         f"up to {soft:,}",
         "" if enough else f"ulimit -n {min(hard, 65536)}",
     )
+
+
+def _is_installed(package: str) -> bool:
+    return bool(list(importlib.metadata.distributions(name=package)))
 
 
 def _version(package: str) -> str:

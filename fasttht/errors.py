@@ -6,9 +6,16 @@ import signal
 
 
 class FastthtError(Exception):
-    """Base of the errors that end a command with one line and no traceback."""
+    """Base of the errors that end a command with one line and no traceback; `told`: another process says the line."""
 
     exit_code: int = 1
+    told: bool = False
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out: Python's, or by its words torch's, cuDNN's or cuBLAS's."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 class UsageError(FastthtError):
@@ -29,9 +36,25 @@ class NonFiniteError(FastthtError):
     exit_code = 5
 
 
-class Interrupted(FastthtError):
-    """A signal ended the run between two steps, after a checkpoint: 130 for Ctrl-C, 75 (try again) for SIGTERM."""
+class PeerError(FastthtError):
+    """Another process of the run is dead, too slow, or ended by an error of its own."""
 
-    def __init__(self, number: signal.Signals, where: str) -> None:
-        super().__init__(f"{number.name} after {where}, saved; the same command continues from there")
+    exit_code = 6
+
+    def __init__(self, text: str, *, told: bool = False) -> None:
+        super().__init__(text)
+        self.told = told
+
+
+class MemoryShortError(FastthtError):
+    """A device or the host has too little memory for what was to be done at once."""
+
+    exit_code = 6
+
+
+class Interrupted(FastthtError):
+    """A signal ended all ranks together: 130 for Ctrl-C, 75 (try again) for SIGTERM and SIGUSR2."""
+
+    def __init__(self, number: signal.Signals, what: str) -> None:
+        super().__init__(f"{number.name} {what}")
         self.exit_code = 130 if number == signal.SIGINT else 75

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,15 +16,31 @@ from rich.table import Table
 
 console = Console(highlight=False)
 
+# Of several processes: which one this is; see speak_as.
+_rank: int | None = None
 
-def say(text: str) -> None:
-    """Print one line for people."""
+
+def say(text: str, *, anywhere: bool = False) -> None:
+    """Print one line for people; of several processes rank 0 only, unless it is to be said `anywhere`."""
+    if anywhere and console.quiet:
+        sys.stdout.write(f"{text}\n")
     console.print(text, markup=False, soft_wrap=True)
 
 
+def speak_as(rank: int) -> None:
+    """Speak as one of several processes: only rank 0 prints, but for errors, which are printed with their rank."""
+    global _rank
+    _rank = rank
+    console.quiet = rank > 0
+
+
 def fail(text: str) -> None:
-    """Print the one line that ends a command to stderr."""
-    sys.stderr.write(f"fasttht: {text}\n")
+    """Print the one line that ends a command to stderr, one line also where a name in it has line breaks."""
+    line = " ".join(text.split())
+    if _rank is not None:
+        sys.stderr.write(f"fasttht: rank {_rank}: {line}\n")
+    elif int(os.environ.get("RANK", "0")) == 0:  # before processes know of each other, what one finds all find
+        sys.stderr.write(f"fasttht: {line}\n")
 
 
 class Screen:
@@ -82,21 +99,62 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
 
 
 def scores(title: str, row: dict[str, Any]) -> None:
-    """Print an evaluation row as a table: accuracy in percent and the exact count."""
+    """Print an evaluation row as a table: accuracy in percent and the exact count; what was measured of the attacks."""
     images = int(row["images"])
-    names = [name for name in row if name.endswith("_top1")]
+    names = [name.removesuffix("_top1") for name in row if name.endswith("_top1")]
+    measured = {"success %": "_asr", "zero grad %": "_zero_grad_pct"}
+    columns = {title: end for title, end in measured.items() if any(f"{name}{end}" in row for name in names)}
     table(
         title,
-        ("attack", "top-1 %", "correct"),
+        ("attack", "top-1 %", "correct", *columns),
         (
             (
-                name.removesuffix("_top1").replace("_", " "),
-                f"{row[name]:.2f}",
-                f"{round(row[name] * images / 100)}/{images}",
+                name.replace("_", " "),
+                f"{row[f'{name}_top1']:.2f}",
+                f"{round(row[f'{name}_top1'] * images / 100)}/{images}",
+                *(f"{row[name + end]:.2f}" if name + end in row else "" for end in columns.values()),
             )
             for name in names
         ),
     )
+
+
+class EvalScreen:
+    """Progress of an evaluation in passes of single images; a line with the accuracies so far now and then.
+
+    so_far: read only when it is time for a line. `clock` counts seconds, `every` is how many lie between two lines.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        so_far: Callable[[], dict[str, str]],
+        *,
+        title: str = "evaluate",
+        every: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._screen = Screen(title, total, "image steps")
+        self._so_far, self._clock, self._every = so_far, clock, every
+        self._start = self._shown = clock()
+
+    def __enter__(self) -> EvalScreen:
+        self._screen.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._screen.__exit__(None, None, None)
+
+    def advance(self, images: int) -> None:
+        """Count one more pass over so many images."""
+        self._screen.advance(self._screen.done + images)
+        now = self._clock()
+        if now - self._shown < self._every:
+            return
+        self._shown = now
+        speed = self._screen.done / (now - self._start)
+        left = timedelta(seconds=round((self._screen.total - self._screen.done) / speed))
+        self._screen.figures({"image steps/s": f"{speed:,.0f}", "ETA": str(left)} | self._so_far())
 
 
 class WriteScreen:

@@ -27,7 +27,8 @@ class Views:
     """What an objective may look at in one micro-batch.
 
     x (B, 3, H, W) clean and x_adv attacked images in [0, 1] (the same tensor if the objective is not attacked);
-    y (B,); index (B,) dataset rows; feat_clean (B, D) or None if the objective has no clean encoder.
+    y (B,); index (B,) dataset rows; feat_clean (B, D) or None if the objective has no clean encoder. feat_batch (A, D)
+    and index_batch (A,): the same of all ranks' images, where they are each other's negatives; None: these are all.
     """
 
     x: Tensor
@@ -35,6 +36,8 @@ class Views:
     y: Tensor
     index: Tensor
     feat_clean: Tensor | None
+    feat_batch: Tensor | None = None
+    index_batch: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class TwoHeadLoss:
         assert feat_adv is not None, "THAT needs the feature head"
         assert views.feat_clean is not None, "THAT needs the clean encoder's features"
         loss_cls = normalized_cross_entropy(logits, views.y, smoothing=smoothing)
-        negatives, mask = gather_negatives(views.feat_clean, views.index, bank, method)
+        negatives, mask = gather_negatives(views, bank, method)
         loss_cl = contrastive(feat_adv, views.feat_clean, negatives, tau=method.tau, mask=mask)
         loss = loss_cls + method.lambda_cl * loss_cl
         return Terms(loss, {"loss_cls": loss_cls, "loss_cl": loss_cl}, logits)
@@ -200,18 +203,19 @@ class MixtureBN:
         return Terms(loss_cls + method.lambda_alp * loss_alp, {"loss_cls": loss_cls, "loss_alp": loss_alp}, logits_adv)
 
 
-def gather_negatives(
-    feat_clean: Tensor, index: Tensor, bank: Bank | None, method: MethodConfig
-) -> tuple[Tensor, Tensor]:
+def gather_negatives(views: Views, bank: Bank | None, method: MethodConfig) -> tuple[Tensor, Tensor]:
     """Return the negatives of Eq. 5, (N, D), and which of them each anchor uses, (B, N) bool."""
+    assert views.feat_clean is not None, "the contrastive loss needs the clean encoder's features"
     features, masks = [], []
+    index, feat_clean = views.index, views.feat_clean
     if method.negatives in ("bank", "both") and bank is not None:
         stored, mask = bank.negatives(index, mask_same_index=method.mask_same_index)
         features.append(stored)
         masks.append(mask)
     if method.negatives in ("batch", "both"):
-        features.append(feat_clean)
-        masks.append(index[:, None] != index[None, :])
+        everyones = index if views.index_batch is None else views.index_batch
+        features.append(feat_clean if views.feat_batch is None else views.feat_batch)
+        masks.append(index[:, None] != everyones[None, :])
     return torch.cat([f.to(feat_clean.dtype) for f in features]), torch.cat(masks, dim=1)
 
 

@@ -7,9 +7,12 @@ are one by `with region("attack_update"):`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ContextDecorator, contextmanager
-from typing import Protocol
+from itertools import islice
+from typing import Protocol, TypeVar
+
+Item = TypeVar("Item")
 
 
 class Watcher(Protocol):
@@ -38,6 +41,17 @@ class region(ContextDecorator):
     def __exit__(self, *error: object) -> None:
         if _watcher is not None:
             _watcher.leave()
+
+
+def waited_for(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield the items; the time until each is there is the region `data_wait`."""
+    iterator = iter(items)
+    while True:
+        with region("data_wait"):
+            found = list(islice(iterator, 1))
+        if not found:
+            return
+        yield found.pop()  # and nothing of it is kept while the next is waited for
 
 
 @contextmanager

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 from fasttht.config import TrainConfig
 from fasttht.errors import UsageError
+from fasttht.ranges import check_sizes
 from fasttht.traits import TRAITS, Traits
 
 
@@ -176,15 +178,6 @@ def _check_objective(config: TrainConfig, traits: Traits) -> None:
         )
 
 
-def _check_finite(config: TrainConfig) -> None:
-    """Refuse inf and NaN wherever a number is asked for. Raises: UsageError naming the flag."""
-    for section in dataclasses.fields(config):
-        for name, value in vars(getattr(config, section.name)).items():
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, float) and not math.isfinite(number):
-                    raise UsageError(f"--{name.replace('_', '-')}: expected a finite number, got {number}")
-
-
 def _check_progressive(config: TrainConfig) -> None:
     """Refuse a ramp of image sizes that cannot be. Raises: UsageError naming the flag and what to do."""
     size, ramp, full = config.optim.progressive_size, config.optim.progressive_epochs, config.data.img_size
@@ -217,6 +210,7 @@ def _check_progressive(config: TrainConfig) -> None:
 
 def check_ranges(config: TrainConfig) -> None:
     """Refuse numbers outside their ranges. Raises: UsageError naming the flag, the range and the value."""
+    check_sizes(config)
     data, attack, method, optim = config.data, config.attack, config.method, config.optim
     for flag, length in (("--eps", attack.eps), ("--alpha", attack.alpha)):
         if length is not None and not length >= 0:
@@ -225,7 +219,8 @@ def check_ranges(config: TrainConfig) -> None:
             raise UsageError(
                 f"{flag}: expected a number in [0, 1] or a fraction, got {length:g}; did you mean {length:g}/255?"
             )
-    _check_finite(config)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.run.device):
+        raise UsageError(f"--device: expected cpu, cuda or cuda:N, got {config.run.device}")
     if not config.evaluation.eval_steps:
         raise UsageError("--eval-steps: expected one or more numbers of steps, got none; 0 is the random start alone")
     at_least: list[tuple[str, float | None, float]] = [
@@ -243,6 +238,7 @@ def check_ranges(config: TrainConfig) -> None:
         ("--lambda-kl", method.lambda_kl, 0), ("--lambda-alp", method.lambda_alp, 0),
         ("--jitter", data.jitter, 0), ("--lighting", data.lighting, 0),
         ("--threads", config.run.threads, 0), ("--log-interval", config.run.log_interval, 1),
+        ("--checkpoint-minutes", config.run.checkpoint_minutes, 0),
         ("--checkpoint-hist", config.run.checkpoint_hist, 1), ("--eval-steps", min(config.evaluation.eval_steps), 0),
     ]  # fmt: skip
     for flag, value, low in at_least:
@@ -261,6 +257,15 @@ def check_ranges(config: TrainConfig) -> None:
             f"--bn-group-size: expected 0 or at least 2, got {config.model.bn_group_size}; BN has no statistics of one "
             "image"
         )
+    if config.model.sync_bn and (config.model.bn_group_size or attack.attack_bn == "batch"):
+        got = "--bn-group-size" if config.model.bn_group_size else "--attack-bn batch"
+        raise UsageError(
+            f"--sync-bn: expected it without {got}, got both; "
+            + ("a group is smaller than a process's images" if config.model.bn_group_size else "processes exchange "
+               "nothing inside an attack")
+        )  # fmt: skip
+    if not config.run.dist_timeout > 0:
+        raise UsageError(f"--dist-timeout: expected a positive number of seconds, got {config.run.dist_timeout:g}")
     if not data.crop_pct > 0:
         raise UsageError("--crop-pct: expected more than 0, got 0; 1 keeps the whole short side")
     if not data.stall_timeout > 0:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import io
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,15 @@ import numpy as np
 import torch
 
 import fasttht
+from fasttht import checkpoint
 from fasttht.config import TrainConfig
 from fasttht.config_file import AnyConfig, identity, stored, to_toml
 from fasttht.errors import CheckpointError, UsageError
 
 METRICS, TIMING, CONFIG = "metrics.jsonl", "timing.jsonl", "config.toml"
+# What --resume said, while a command runs that was told of a checkpoint, or to find none.
+RESUMED = "resumed.txt"
+_NO_SCORES = {"kind", "epoch", "step", "images"}
 
 
 class RunFolder:
@@ -88,6 +93,8 @@ class RunFolder:
         """
         created = [path for path in (self.path, *self.path.parents) if not path.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
+        for path in created:
+            checkpoint.sync(path.parent)
         handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,27 +117,86 @@ class RunFolder:
         config.toml comes first: it is what makes the folder a run's, so a kill in here leaves one that starts again.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / CONFIG).write_text(to_toml(config))
+        write_whole(self.path / CONFIG, to_toml(config))
         for file in (METRICS, TIMING):
             (self.path / file).write_text("")
-        (self.path / "env.json").write_text(json.dumps(environment(device), indent=1) + "\n")
+        write_whole(self.path / "env.json", json.dumps(environment(device), indent=1) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the rows of metrics.jsonl; a last line that a kill left without its end is none."""
-        try:
-            return [json.loads(line) for line in (self.path / METRICS).read_text().split("\n")[:-1]]
-        except FileNotFoundError:
-            return []
+        """Return the rows of metrics.jsonl. What a kill or a power loss has left behind the whole ones is none.
+
+        Raises: CheckpointError for a damaged row that whole ones follow, or that is the first.
+        """
+        found = [_row(line) for line in self._lines()]
+        while found[1:] and found[-1] is None:
+            found.pop()
+        return self._whole(found)
 
     def final(self) -> dict[str, Any] | None:
         """Return the final evaluation's row if the run is finished, else None."""
-        rows = self.rows()
-        return rows[-1] if rows and rows[-1]["kind"] == "final" else None
+        last = [_row(line) for line in self._lines()[-1:]]
+        return last[0] if last and last[0] is not None and last[0]["kind"] == "final" else None
+
+    def _lines(self, size: int | None = None) -> list[bytes]:
+        """Return the lines of metrics.jsonl that have an end; or, of its first `size` bytes, all."""
+        try:
+            data = (self.path / METRICS).read_bytes()
+        except FileNotFoundError:
+            return []
+        *lines, rest = data[:size].split(b"\n")
+        return [*lines, rest] if rest and size is not None else lines
+
+    def _whole(self, found: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
+        rows = [row for row in found if row is not None]
+        if len(rows) < len(found):
+            raise CheckpointError(
+                f"{self.path / METRICS}: expected a line of JSON for each row, got something else in line "
+                f"{found.index(None) + 1}; restore the file, or give another --output"
+            )
+        return rows
+
+    def begun_with(self) -> str:
+        """Return what `note_resume` was told last: `auto`, `never` or a checkpoint's name."""
+        try:
+            return (self.path / RESUMED).read_text(errors="replace")
+        except FileNotFoundError:
+            return "auto"
+
+    def note_resume(self, resume: str) -> None:
+        """Keep what --resume says, so that the same command is known if it comes again; `auto` needs no file."""
+        if resume == "auto":
+            (self.path / RESUMED).unlink(missing_ok=True)
+        elif self.begun_with() != Path(resume).name:
+            write_whole(self.path / RESUMED, Path(resume).name)
+
+    def result(self, config: AnyConfig) -> dict[str, Any] | None:
+        """Return the final row of a finished run of this configuration; None if it is to be trained, or continued.
+
+        Raises: CheckpointError for another run's folder.
+        """
+        if not self.exists():
+            return None
+        self.check_same(config)
+        return self.final() if config.run.resume == "auto" else None
+
+    def best_step(self, steps: Collection[int]) -> int | None:
+        """Return which of these steps had the best evaluation, None if none of them has had one.
+
+        The best one is that whose lowest accuracy is highest, which is the one under the strongest attack; of equal
+        ones it is the first.
+        """
+        found = [row for row in self.rows() if row["kind"] in ("eval", "final") and row["step"] in steps]
+        best = max(found, key=lambda row: min(row[name] for name in row.keys() - _NO_SCORES), default=None)
+        return None if best is None else int(best["step"])
 
     def append(self, file: str, row: dict[str, Any]) -> None:
-        """Append one JSON line."""
-        with (self.path / file).open("a") as out:
-            out.write(json.dumps(row) + "\n")
+        """Append one JSON line. Raises: OSError naming the file, if the disk does not take it."""
+        path = self.path / file
+        try:
+            with path.open("a") as out:
+                out.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
     def positions(self) -> dict[str, int]:
         """Return the sizes of the row files in bytes, for the checkpoint; what they cover is synced to disk."""
@@ -141,21 +207,70 @@ class RunFolder:
                 sizes[file] = out.tell()
         return sizes
 
-    def rewind(self, positions: dict[str, int]) -> None:
-        """Cut the row files back to what a checkpoint had seen."""
+    def check_rows(self, positions: dict[str, int]) -> None:
+        """Look at what a checkpoint had seen of the row files; what came after it does not matter.
+
+        Raises: CheckpointError if one of them is shorter, or a row of metrics.jsonl is damaged.
+        """
         for file, size in positions.items():
             path = self.path / file
             if not path.exists() or path.stat().st_size < size:
                 raise CheckpointError(f"{path}: expected at least {size} bytes, as the checkpoint had seen; restore it")
-            os.truncate(path, size)
+        self._whole([_row(line) for line in self._lines(positions.get(METRICS, 0))])
 
-    def write_summary(self) -> None:
-        """Write summary.csv: one line per evaluation."""
-        rows = [row for row in self.rows() if row["kind"] in ("eval", "final")]
-        with (self.path / "summary.csv").open("w", newline="") as out:
-            table = csv.DictWriter(out, fieldnames=list(rows[0]), restval="", extrasaction="ignore")
-            table.writeheader()
-            table.writerows(rows)
+    def rewind(self, positions: dict[str, int]) -> None:
+        """Cut the row files back to what a checkpoint had seen. Raises: as `check_rows`, and then nothing is cut."""
+        self.check_rows(positions)
+        for file in (METRICS, TIMING):
+            if file in positions:
+                os.truncate(self.path / file, positions[file])
+
+    def write_summary(self, newest: dict[str, Any]) -> None:
+        """Write summary.csv: one line per evaluation, of which `newest` is not in metrics.jsonl yet.
+
+        It is written first: the final row there says that the run is finished, and nothing is written after it.
+        """
+        rows = [row for row in [*self.rows(), newest] if row["kind"] in ("eval", "final")]
+        text = io.StringIO()
+        table = csv.DictWriter(text, fieldnames=list(rows[0]), restval="", extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+        write_whole(self.path / "summary.csv", text.getvalue())
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """Return a line of metrics.jsonl, or None if it is no row: of evaluations all is figures, and one an accuracy."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("kind"), str) or type(row.get("step")) is not int:
+        return None
+    if row["kind"] in ("eval", "final"):
+        figures = row.keys() - {"kind"}
+        if figures <= _NO_SCORES or "images" not in row:
+            return None
+        if not all(type(row[name]) in (int, float) for name in figures):
+            return None
+    return row
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill at any moment leaves the old one or the new one. Raises: OSError naming it."""
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        with partial.open("w", newline="") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        partial.rename(path)
+        checkpoint.sync(path.parent)
+    except BaseException as error:  # a second signal's too
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 def environment(device: torch.device) -> dict[str, Any]:

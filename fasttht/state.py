@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -14,6 +15,8 @@ from fasttht.attacks.engine import Engine, build_engine
 from fasttht.attacks.free import FreeDelta
 from fasttht.bank import Bank, build_bank
 from fasttht.config import TrainConfig
+from fasttht.distributed import SOLO, World
+from fasttht.gradients import Reducer
 from fasttht.metrics import Meter
 from fasttht.models.clean_encoder import CleanEncoder, lerp_
 from fasttht.models.two_head import CosineClassifier, TwoHead, decay_groups
@@ -96,7 +99,7 @@ def guarded_update_(state: Updated, model: nn.Module, trunk: nn.Module, before: 
         torch.where(skipped > 0, kept, buffer, out=buffer)
     taken = 1 - skipped.double()
     state.updates += taken.to(torch.int64)
-    state.meter.add(grad_norm=torch.where(skipped > 0, 0.0, norm), skipped=skipped, steps=1)
+    state.meter.once(grad_norm=torch.where(skipped > 0, 0.0, norm), skipped=skipped, steps=1)
     return taken
 
 
@@ -114,7 +117,10 @@ def update_tensors(state: Updated, model: nn.Module) -> dict[str, Tensor]:
 
 
 class TrainState:
-    """A run between two steps."""
+    """A run between two steps.
+
+    Everything in it is the same on all ranks but delta, of which each holds its rows, and the meter's sums.
+    """
 
     def __init__(
         self,
@@ -126,12 +132,14 @@ class TrainState:
         img_size: int,
         amp_dtype: torch.dtype = torch.float32,
         num_images: int | None = None,
+        world: World = SOLO,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Build a fresh state. report: told in one line of a step engine that turns out not to work."""
         parameter = next(model.parameters())
         device, dtype = parameter.device, parameter.dtype
         self.device, self.dtype, self.amp_dtype = device, dtype, amp_dtype
+        self.world = world
         method, optim = config.method, config.optim
         assert optim.batch_size is not None, "the config was not resolved"
         # networks
@@ -158,14 +166,18 @@ class TrainState:
             )
         self.delta: FreeDelta | None = None
         if config.attack.replay > 1:
-            self.delta = FreeDelta((optim.batch_size, 3, img_size, img_size), device=device, dtype=dtype)
+            shape = (optim.batch_size, 3, img_size, img_size)
+            self.delta = FreeDelta(shape, device=device, dtype=dtype, world=world)
         self.engine: Engine | None = None
         if TRAITS[method.objective].attacked and config.attack.replay == 1:
             self.engine = build_engine(config.attack, model, self.attack_logits, img_size=img_size, amp_dtype=amp_dtype)
-        self.step_engine = build_step_engine(config, model, self.bank, report=report, abandon=self.abandon_)
+        self.step_engine = build_step_engine(
+            config, model, self.bank, report=report, abandon=self.abandon_, world=world
+        )
         # progress
         self.step = 0
-        self.meter = Meter(device, TRAITS[method.objective].parts)
+        self.meter = Meter(device, TRAITS[method.objective].parts, world=world)
+        self.reducer = None if world.size == 1 else Reducer(world, list(model.parameters()), self._moved_by_forwards())
 
     def autocast(self) -> torch.autocast:
         """Return a fresh autocast context; a fresh one, because its weight cache must not outlive a backward."""
@@ -202,6 +214,30 @@ class TrainState:
             files["clean_encoder"] = dict(self.clean_encoder.state_dict())
         return files
 
+    def to_save(self) -> dict[str, dict[str, Tensor]] | None:
+        """Return `tensors` as a checkpoint holds them, that of one process, on rank 0; None elsewhere."""
+        files = self.tensors()
+        files["training"]["meter"] = self.meter.total()
+        whole = None if self.delta is None else self.delta.collect()
+        if whole is not None:
+            files["training"]["delta"] = whole
+        return files if self.world.main else None
+
+    @contextmanager
+    def to_load(self) -> Iterator[dict[str, dict[str, Tensor]]]:
+        """Give tensors to fill with a checkpoint's, whatever number of ranks wrote it; then every rank takes its part.
+
+        Left by an exception, what was not the live tensor is forgotten.
+        """
+        files = self.tensors()
+        if self.world.size > 1 and self.delta is not None:
+            files["training"]["delta"] = torch.empty(self.delta.shape, dtype=self.dtype)
+        yield files
+        if self.delta is not None and self.world.size > 1:
+            self.delta.take_(files["training"]["delta"])
+        if not self.world.main:
+            self.meter.sums.zero_()
+
     def depends_on(self) -> dict[str, str]:
         """Return the digest of a frozen g: no checkpoint holds it, and a resumed run must find the same one."""
         if self.clean_encoder is None or not self.clean_encoder.frozen:
@@ -218,6 +254,13 @@ class TrainState:
         """Return copies of f's BN statistics, to be handed to `update_` after the forward that changes them."""
         return [buffer.clone() for buffer in self.model.trunk.buffers()]
 
+    def _moved_by_forwards(self) -> list[Tensor]:
+        """Return the running statistics of f, and of a g that trains: what each rank's own images move."""
+        trunks: list[nn.Module] = [self.model.trunk]
+        if self.clean_encoder is not None and not self.clean_encoder.frozen:
+            trunks.append(self.clean_encoder.trunk)
+        return [buffer for trunk in trunks for buffer in trunk.buffers() if buffer.is_floating_point()]
+
     def abandon_(self) -> None:
         """Forget a step that broke off before it ran: its gradients, and what the scaler noted of it."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -232,6 +275,8 @@ class TrainState:
         is not finite all of them but the scaler stay as they were, and f's BN statistics go back to `before`: an
         infinite activation would stay in them for good. Returns () float, 1 if the update was skipped.
         """
+        if self.reducer is not None:
+            self.reducer.finish_()
         taken = guarded_update_(self, self.model, self.model.trunk, before)
         if isinstance(self.model.classifier, CosineClassifier):
             self.model.classifier.clamp_scale_()

@@ -28,6 +28,7 @@ from torch import Tensor
 from fasttht import kernels
 from fasttht.bank import Bank
 from fasttht.config import TrainConfig
+from fasttht.distributed import SOLO, World
 from fasttht.models.fused_norm import fuse_norms
 from fasttht.models.two_head import TwoHead
 from fasttht.objectives import OBJECTIVES, Terms, Views
@@ -74,9 +75,15 @@ class CompiledLoss:
         self, plain: Loss, rows: int, report: Report, *, backend: str = "inductor", side: int | None = None
     ) -> None:
         def traced(
-            x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor, feat_clean: Tensor | None
+            x: Tensor,
+            x_adv: Tensor,
+            y: Tensor,
+            index: Tensor,
+            feat_clean: Tensor | None,
+            feat_batch: Tensor | None,
+            index_batch: Tensor | None,
         ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-            terms = plain(Views(x, x_adv, y, index, feat_clean))
+            terms = plain(Views(x, x_adv, y, index, feat_clean, feat_batch, index_batch))
             return terms.loss, terms.parts, terms.logits
 
         from torch._dynamo.exc import TorchDynamoException  # a second that the other rungs need not wait
@@ -94,7 +101,9 @@ class CompiledLoss:
             with warnings.catch_warnings() if not self._ran else nullcontext():
                 if not self._ran:
                     warnings.simplefilter("ignore")  # what the compiler says of its own insides
-                found = self._compiled(views.x, views.x_adv, views.y, views.index, views.feat_clean)
+                found = self._compiled(
+                    views.x, views.x_adv, views.y, views.index, views.feat_clean, views.feat_batch, views.index_batch
+                )
         except self._error as error:  # raised before anything has run
             self._failed = True
             self._report(f"step engine: eager from here on; compiling failed: {_first_line(error)}")
@@ -210,6 +219,7 @@ def build_step_engine(
     name: str | None = None,
     backend: str = "inductor",
     recorder: Recorder | None = None,
+    world: World = SOLO,
 ) -> StepEngine:
     """Build the rung that the configuration asks for; `fused` and `captured` exchange the model's forwards.
 
@@ -221,14 +231,14 @@ def build_step_engine(
     device = next(model.parameters()).device
     reason = "as asked"
     if name is None:
-        name, reason = choose_step_engine(config, device)
+        name, reason = choose_step_engine(config, device, processes=world.size)
 
     def loss(views: Views) -> Terms:
         return objective(model, views, bank, method, smoothing=optim.smoothing)
 
     side = config.data.img_size if optim.progressive_size else None
     if name == "compiled":
-        rows = optim.batch_size // optim.grad_accum_steps
+        rows = -(-world.counts(optim.batch_size)[world.rank] // optim.grad_accum_steps)
         return StepEngine(name, reason, CompiledLoss(loss, rows, report, backend=backend, side=side), run_plainly)
     if name in ("fused", "captured"):
         why = _cannot_fuse(device)
@@ -242,7 +252,7 @@ def build_step_engine(
     return StepEngine(name, reason, loss, run_plainly)
 
 
-def choose_step_engine(config: TrainConfig, device: torch.device) -> tuple[str, str]:
+def choose_step_engine(config: TrainConfig, device: torch.device, *, processes: int = 1) -> tuple[str, str]:
     """Return the rung that the configuration means here, and why, in words for people.
 
     A rung that cannot run here is replaced by the one below it that can, not refused: the result is the same.
@@ -258,6 +268,8 @@ def choose_step_engine(config: TrainConfig, device: torch.device) -> tuple[str, 
     if name == "fused" and (why := _cannot_fuse(device)) is not None:
         return "eager", f"{asked} {why}"
     if name == "captured":
+        if processes > 1:
+            return "fused", f"{asked} what several processes exchange is not recorded"
         if device.type != "cuda":
             return "fused", f"{asked} only a CUDA device records its work"
         if config.attack.replay == 1 and config.optim.grad_accum_steps > 1:

@@ -214,7 +214,6 @@ def test_no_op_waits_for_the_device() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_the_device_gives_the_hosts_images_and_never_waits() -> None:
     x, index = images(seed=3).float(), torch.arange(6)
     expected = augment.augment(x, index, EVERYTHING, Draw(1))

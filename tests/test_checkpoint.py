@@ -173,6 +173,71 @@ def test_a_step_that_is_reached_again_replaces_its_checkpoint(tmp_path: Path) ->
     assert list((tmp_path / "checkpoints").iterdir()) == [folder]
 
 
+def test_only_folders_that_are_named_as_ours_are_listed_rotated_or_removed(tmp_path: Path) -> None:
+    parent = tmp_path / "checkpoints"
+    theirs = ["step-best", "step-00000002-keep", "step-7", "step-00000009.0", "step-000000010", ".partial-mine"]
+    for name in theirs:
+        (parent / name).mkdir(parents=True)
+        (parent / name / "precious").touch()
+    for name in ("step-notes.txt", "step-00000004", ".partial-notes"):  # files, one with a checkpoint's name
+        (parent / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (parent / "step-00000099").symlink_to(tmp_path / "elsewhere")
+    (parent / ".partial-step-00000002").mkdir()  # what a kill left of one of ours
+    saved = [checkpoint.save(tmp_path, step, files_of(step), META, keep=2) for step in (1, 2, 3, 4)]
+    assert saved[-1].name == "step-00000004.1"
+    assert checkpoint.listing(tmp_path) == saved[2:]
+    assert all((parent / name / "precious").exists() for name in theirs)
+    assert (parent / "step-00000099").is_symlink()
+    assert len(list(parent.iterdir())) == len(theirs) + 4 + 2
+
+
+def test_checkpoints_are_in_the_order_of_their_steps_whatever_the_length_of_their_names(tmp_path: Path) -> None:
+    names = ["step-00000009", "step-00000010", "step-00000010.2", "step-00000010.11", "step-99999999", "step-100000000"]
+    for name in reversed(names):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [path.name for path in checkpoint.listing(tmp_path)] == names
+    assert [checkpoint.step_of(path) for path in checkpoint.listing(tmp_path)] == [9, 10, 10, 10, 99999999, 100000000]
+
+
+def test_the_new_one_of_a_step_that_is_reached_again_wins_even_if_the_old_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill between the two; its name is behind the old one's each time."""
+    for seed in (1, 2):
+        checkpoint.save(tmp_path, 5, files_of(seed), META, keep=2)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *args, **options: None)
+    folder = checkpoint.save(tmp_path, 5, files_of(3), META, keep=2)
+    assert checkpoint.newest(tmp_path, checkpoint.refuse) == folder
+
+
+def test_the_first_save_syncs_the_folder_that_holds_the_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    original = checkpoint.sync
+    monkeypatch.setattr(checkpoint, "sync", lambda path: (synced.append(path), original(path)))
+    folder = checkpoint.save(tmp_path, 1, files_of(1), META, keep=2)
+    assert {tmp_path, folder.parent} <= set(synced)
+    assert synced[-1] == folder.parent
+
+
+@pytest.mark.parametrize("call", ["_check_room", "save_file", "_sha256", "sync"])
+def test_a_second_signal_in_a_save_leaves_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """KeyboardInterrupt is no Exception; the older checkpoint is as it was."""
+    older = checkpoint.save(tmp_path, 1, files_of(1), META, keep=1)
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, call, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 2, files_of(2), META, keep=1)
+    assert list((tmp_path / "checkpoints").iterdir()) == [older]
+
+
 def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
     assert checkpoint.listing(tmp_path) == []
     assert checkpoint.newest(tmp_path, [].append) is None
@@ -280,7 +345,7 @@ class DiskFullError(Exception):
     pass
 
 
-@pytest.mark.parametrize("call", ["save_file", "_sha256", "_fsync"])
+@pytest.mark.parametrize("call", ["save_file", "_sha256", "sync"])
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_save_that_fails_leaves_the_older_checkpoint_and_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int

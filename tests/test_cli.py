@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import pytest
 import simplejpeg
 
 from fasttht import cli, log
+from fasttht.pipelines.datasets import digits
+from fasttht.signals import Terminated
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -94,6 +97,7 @@ def refused(run: Run, code: int, *fragments: str, words: tuple[str | Path, ...])
         (("data", "write", "digits"), ("--output",)),
         (("data", "write", "digits", "--output", "o", "--workers", "-1"), ("--workers", "-1")),
         (("data", "write", "digits", "--output", "o", "--max-errors", "-1"), ("--max-errors", "-1")),
+        (("data", "write", "digits", "--output", "o", "--subset", "1.5"), ("--subset", "1.5")),
         (("data", "write", "digits", "--output", "o", "--on-error", "ignore"), ("--on-error", "ignore")),
         (("data", "verify"), ("PATH",)),
         (("data", "verify", "x", "--workers", "-2"), ("--workers", "-2")),
@@ -102,6 +106,129 @@ def refused(run: Run, code: int, *fragments: str, words: tuple[str | Path, ...])
 )
 def test_wrong_words_exit_with_2(run: Run, words: tuple[str, ...], fragments: tuple[str, ...]) -> None:
     refused(run, 2, *fragments, words=words)
+
+
+HUGE = {
+    "--bank-size": ("1" + "0" * 19, "1000000000"), "--feat-dim": ("1" + "0" * 19, "1048576"),
+    "--seed": ("1" + "0" * 30, "9223372036854775807"), "--img-size": ("10000000000", "65535"),
+    "--threads": ("1000000000000", "1024"), "--decay-milestones": ("1" + "0" * 400, "1000000000"),
+    "--stall-timeout": ("1e+300", "100000000"), "--dist-timeout": ("1e+300", "100000000"), "--lr": ("1e+300", "1e+30"),
+    "--epochs": ("-1" + "0" * 400, "-1000000"), "--width": ("65537", "65536"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", HUGE)
+@pytest.mark.parametrize("command", ["train", "pretrain"])
+def test_numbers_that_no_run_needs_are_refused_with_the_bound(run: Run, command: str, flag: str) -> None:
+    if command == "pretrain" and flag == "--bank-size":
+        flag = "--queue-size"
+        HUGE[flag] = HUGE["--bank-size"]
+    number, bound = HUGE[flag]
+    code, _, err = run(command, flag, number)
+    assert code == 2
+    words = "least" if number[0] == "-" else "most"
+    assert err.startswith(f"fasttht: {flag}: expected at {words} {bound}, got {number[:6]}")
+    assert err.count("\n") == 1
+    assert len(err) < 120
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("text", ["1e999999999", "1" + "0" * 400 + "/3", "inf", "nan", "1e5/3", "1" * 5000])
+def test_a_radius_that_is_no_number_of_ours_is_refused_at_once(run: Run, text: str) -> None:
+    """As a fraction 1e999999999 has a billion digits."""
+    code, _, err = run("train", "--eps", text)
+    assert code == 2
+    assert "expected a number in [0, 1] or a fraction, got" in err
+    assert len(err) < 160
+
+
+RUNS = {"train": ("train", "--width", "2", "--epochs", "1", "--batch-size", "700", "--eval-steps", "1", "--steps", "1")}
+TORN: dict[str, Callable[[str], str | bytes]] = {
+    "eps": lambda text: text.replace('eps = "0.15"', 'eps = "x0.15"'),
+    "eps of digits": lambda text: text.replace('eps = "0.15"', 'eps = "1e999999999"'),
+    "width": lambda text: text.replace("width = 2", 'width = "x"'),
+    "a negative width": lambda text: text.replace("width = 2", "width = -2"),
+    "a width beyond all": lambda text: text.replace("width = 2", "width = 1" + "0" * 30),
+    "a choice": lambda text: text.replace('arch = "resnet', 'arch = "densenet'),
+    "a list": lambda text: text.replace("eval_steps = [1]", "eval_steps = 1"),
+    "a list of letters": lambda text: text.replace("eval_steps = [1]", 'eval_steps = ["x"]'),
+    "a switch": lambda text: text.replace("nesterov = true", "nesterov = 1"),
+    "half": lambda text: text[: len(text) // 2],
+    "a line torn": lambda text: text[: text.index("width = ") + 7],
+    "empty": lambda text: "",
+    "unknown": lambda text: text + "x = 1\n",
+    "no text": lambda text: b"\xff\x00",
+    "nested": lambda text: "x = " + "[" * 100_000,
+}
+
+
+def test_a_run_whose_configuration_is_damaged_ends_every_command_with_4(run: Run) -> None:
+    words = ("--objective", "at", "--output", "run")
+    code, _, err = run(*RUNS["train"], *words)
+    assert code == 0, err
+    path = Path("run/config.toml")
+    whole = path.read_text()
+    for what, change in TORN.items():
+        changed = change(whole)
+        assert changed != whole, what
+        path.write_bytes(changed if isinstance(changed, bytes) else changed.encode())
+        for command in ((*RUNS["train"], *words), ("eval", "run"), ("export", "run")):
+            code, _, err = run(*command)
+            assert code == 4, f"{what}: {command[0]}: {err}"
+            assert err.startswith("fasttht: run/config.toml: expected the configuration that the run wrote"), err
+            assert err.count("\n") == 1
+            assert len(err) < 400
+    path.write_text(whole)
+    assert run("export", "run")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("train",), "continues from the last checkpoint"),
+        (("pretrain",), "continues from the last checkpoint"),
+        (("eval", "run"), "nothing was kept but what suites keep"),
+        (("plot", "steps", "run"), "points that were measured are kept"),
+        (("plot", "curves", "run"), "nothing was kept; the same command begins anew"),
+        (("export", "run"), "nothing was kept; the same command begins anew"),
+        (("data", "verify", "x"), "nothing was kept; the same command begins anew"),
+        (("data", "write", "digits"), "the same command with --resume goes on"),
+        ((), "nothing was kept"),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, tuple) else "",
+)
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (Terminated, 75)])
+def test_a_stop_says_what_is_true_of_the_command(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    said: str,
+    error: type[BaseException],
+    code: int,
+) -> None:
+    def app(*args: object, **options: object) -> None:
+        raise error
+
+    app.config = ()  # type: ignore[attr-defined]
+    monkeypatch.setattr(cli, "app", app)
+    found, _, err = run(*words)
+    assert (found, err.count("\n")) == (code, 1)
+    assert err.startswith("fasttht: stopped; ")
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), MemoryError("Unable to allocate 3.6 TiB"), RuntimeError("out of memory")]
+)
+def test_no_memory_is_one_line_and_6(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def app(*args: object, **options: object) -> None:
+        raise error
+
+    app.config = ()  # type: ignore[attr-defined]
+    monkeypatch.setattr(cli, "app", app)
+    code, _, err = run("train")
+    assert (code, err.count("\n")) == (6, 1)
+    assert err.startswith(f"fasttht: memory: expected enough, got: {str(error) or 'no room'}; lower --batch-size")
 
 
 def test_data_that_are_not_embedded_need_a_clean_encoder(run: Run) -> None:
@@ -233,6 +360,9 @@ def test_a_flag_beats_the_file_and_the_file_beats_the_preset(run: Run) -> None:
     _, out, _ = run("config", "--preset", "that-r50-pgd10", "--config", "c.toml", "--epochs", "9")
     assert "epochs = 9\n" in out
     assert "lr = 0.3\n" in out
+    Path("wrong.toml").write_text("lr = 'fast'\n")
+    for command in ("train", "config", "pretrain"):  # a flag hides the value, not the mistake
+        refused(run, 2, "lr", "wrong.toml", words=(command, "--config", "wrong.toml", "--lr", "0.1"))
     assert 'arch = "resnet50"' in out
     Path("bad.toml").write_text("replai = 4\n")
     refused(run, 2, "replai", "bad.toml", "--replay", words=("config", "--config", "bad.toml"))
@@ -254,6 +384,15 @@ def test_bad_images_are_skipped_and_listed_on_request(run: Run) -> None:
     assert code == 0
     for fragment in ("images", "stored as", "12 x 12", "8 MiB", "yes, with checksums", "quality 95", "passthrough"):
         assert fragment in out
+
+
+def test_a_subset_is_written_and_described(run: Run) -> None:
+    for amount, num in (("50", "50"), ("0.1", "144")):
+        code, out, err = run("data", "write", "digits", "--output", f"out{amount}", "--subset", amount)
+        assert code == 0, err
+        assert num in out
+        _, out, _ = run("data", "info", f"out{amount}")
+        assert re.search(rf"subset {amount}\b(?!\.)", out)
 
 
 def test_a_dry_run_counts_and_writes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,6 +431,8 @@ def test_verify_lists_problems_and_exits_with_3(run: Run) -> None:
     code, out, err = run("data", "verify", "out")
     assert code == 0, err
     assert "all compared" in out
+    counts = np.bincount(digits("val").labels).tolist()
+    assert f"val.beton: images per class: {', '.join(f'{digit} {count}' for digit, count in enumerate(counts))}" in out
     path = Path("out/val.beton")
     content = bytearray(path.read_bytes())
     start = 8 << 20  # the first page

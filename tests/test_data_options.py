@@ -99,6 +99,11 @@ def test_a_loader_that_cannot_run_here_is_a_usage_error(run: Run, monkeypatch: p
     code, _, err = run("--loader", "dali-gpu", "--device", "cpu")
     assert code == 2
     assert "it decodes on a CUDA device and this run is on cpu" in err
+    monkeypatch.setattr(backends, "_what_breaks", lambda name, device: "expected a library, got none; install it")
+    for name in ("ffcv", "dali-cpu"):
+        code, _, err = run("--loader", name)
+        assert code == 2
+        assert err.endswith(f"got {name}; expected a library, got none; install it\n")
     assert not Path("run").exists()
 
 

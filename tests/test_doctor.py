@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import resource
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from fasttht import cli, doctor
 from fasttht.doctor import Finding, examine, judge_gpu
+from fasttht.kernels import build
 from fasttht.pipelines import backends
 
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -52,6 +56,112 @@ def test_kernels_that_were_asked_for_and_cannot_be_are_a_problem(value: str, mon
     assert finding(list(doctor._kernels()), "kernels").status == "absent"
 
 
+class FakeNvrtc:
+    version, archs = "12.9", frozenset({"sm_70", "sm_90", "sm_120"})
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def compile(self, source: str, defines: Any, arch: str) -> bytes:
+        assert arch == "sm_120"
+        return b"code"
+
+
+def test_the_compiler_is_seen_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(build, "Nvrtc", FakeNvrtc)
+    (found,) = doctor._nvrtc()
+    assert found.status == "ok"
+    assert found.text.startswith("12.9 through cuda-core ")
+    assert found.text.endswith(" compiles for sm_70 to sm_120")
+
+
+@pytest.mark.parametrize(
+    ("error", "gpu", "status"),
+    [
+        (ModuleNotFoundError("no cuda.core"), True, "absent"), (RuntimeError("no libnvrtc\nand"), True, "problem"),
+        (RuntimeError("no libnvrtc\nand"), False, "absent"),
+    ],
+)  # fmt: skip
+def test_a_compiler_that_is_missing_or_broken_says_what_to_install(
+    error: Exception, gpu: bool, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken is a problem where there is a GPU for it; without the kernels a run there crawls."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for place, name in ((build, "Nvrtc"), (FakeNvrtc, "compile")):
+        monkeypatch.setattr(build, "Nvrtc", FakeNvrtc)
+        monkeypatch.setattr(place, name, fail)
+        (found,) = doctor._nvrtc()
+        assert found == Finding("nvrtc", status, str(error).split("\n")[0], 'pip install "fasttht[cuda13]"')  # type: ignore[arg-type]
+
+
+def libcuda(version: int, code: int = 0) -> Callable[[str], Any]:
+    """libcuda.so.1 as far as it is asked."""
+
+    def get(pointer: Any) -> int:
+        pointer._obj.value = version
+        return code
+
+    return lambda name: SimpleNamespace(cuDriverGetVersion=get)
+
+
+@pytest.mark.parametrize(
+    ("file", "release"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.03  Tue Jan 1\nGCC version: 12.2.0", "580.159.03"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build", "570.86.15"),
+        (None, "of unknown release"),
+    ],
+)
+def test_the_driver_has_a_line_with_its_release(
+    file: str | None, release: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor.ctypes, "CDLL", libcuda(12080))
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    monkeypatch.setattr(doctor, "_DRIVER_FILE", tmp_path / "version")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if file is not None:
+        (tmp_path / "version").write_text(file)
+    assert list(doctor._driver()) == [Finding("driver", "ok", f"{release}, for CUDA up to 12.8")]
+
+
+def test_a_driver_too_old_for_torch_and_none_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "_driver_release", lambda: "535.54")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(doctor.ctypes, "CDLL", libcuda(12020))
+    (found,) = doctor._driver()
+    assert (found.status, "this torch is built for CUDA 13.0" in found.text) == ("problem", True)
+    assert found.advice == "update the driver, or install a torch built for CUDA 12"
+    monkeypatch.setattr(doctor.ctypes, "CDLL", libcuda(0, code=100))
+    assert finding(list(doctor._driver()), "driver").status == "absent"
+
+
+@pytest.mark.parametrize("name", ["ffcv", "dali-cpu", "dali-gpu"])
+def test_a_loader_that_is_installed_and_broken_is_a_problem(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its package is found, and its library does not load."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "_installed", lambda module: True)
+    monkeypatch.setattr(doctor, "_is_installed", lambda package: True)
+    monkeypatch.setattr(backends, "why_not", lambda name, device: "it does not load; take turbo")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=0: (8, 0))
+    for module in ("ffcv", "ffcv.libffcv", "nvidia.dali", "nvidia.dali.backend"):
+        monkeypatch.setitem(sys.modules, module, None)  # as an import that fails
+    monkeypatch.setattr("fasttht.pipelines.decode_ffcv.load_decode_into", broken)
+    found = finding(list(doctor._decoders()), f"loader {name}")
+    assert found.status == "problem"
+    assert "does not load: " in found.text
+    assert found.advice.startswith("pip install --force-reinstall ")
+
+
+def broken() -> None:
+    raise OSError("libopencv_core.so.406: cannot open shared object file")
+
+
 def test_this_machine_is_described(tmp_path: Path) -> None:
     findings = examine(tmp_path / "runs")
     assert torch.__version__ in finding(findings, "torch").text
@@ -63,6 +173,7 @@ def test_this_machine_is_described(tmp_path: Path) -> None:
 
 def test_what_is_missing_is_absent_and_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_installed", lambda module: False)
+    monkeypatch.setattr(doctor, "_is_installed", lambda package: False)
     findings = examine(tmp_path)
     for part, extra in (("loader ffcv", "ffcv"), ("loader dali-cpu", "dali")):
         assert finding(findings, part).status == "absent"

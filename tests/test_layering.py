@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE_FOLDERS = {"fasttht": "fasttht", "pipelines": "fasttht.pipelines", "kernels": "fasttht.kernels"}
 MAX_LINES = 350
 # What users may not have: imported inside the function that needs it, never by importing a module of ours.
-EXTRAS = ["ffcv", "numba", "nvidia", "cuda", "apex", "matplotlib", "tensorboard", "onnx", "pyautoattack"]
+EXTRAS = ["ffcv", "numba", "nvidia", "cuda", "apex", "matplotlib", "tensorboard", "onnx", "pyautoattack", "faiss"]
 # Slow to import as well: a command line that only parses its arguments needs none of these.
 HEAVY = ["torch", "torchvision", "cv2", "sklearn", "scipy", *EXTRAS]
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

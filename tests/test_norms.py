@@ -132,4 +132,7 @@ def test_a_run_against_l2_is_trained_evaluated_and_asked_again_in_another_norm(
     with pytest.raises(UsageError, match="--eps: expected a radius beside --norm l2"):
         evaluate_run(tmp_path / "r", changes={}, goal="run", norm="l2")
     wide = evaluate_run(tmp_path / "r", changes={}, goal="both", norm="l2", eps=2.0)
-    assert {name for name in wide if name.startswith("pgd")} == {"pgd2_l2_top1", "pgd2_l2_targeted_top1"}
+    assert {name for name in wide if name.startswith("pgd") and name.endswith("_top1")} == {
+        "pgd2_l2_top1",
+        "pgd2_l2_targeted_top1",
+    }

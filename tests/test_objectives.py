@@ -405,7 +405,7 @@ def test_two_steps_train_every_part_and_nothing_else(name: str, options: dict[st
     model.trunk.register_forward_pre_hook(lambda module, args: shown.append(len(args[0])) if module.training else None)
     for step in range(2):
         if replay > 1:
-            free_step(state, config, batch_of(step))
+            free_step(state, config, batch_of(step), Draw(0))
         else:
             standard_step(state, config, batch_of(step), Draw(3, 0, step), num_classes=CLASSES)
     parts = config.optim.grad_accum_steps
@@ -419,7 +419,7 @@ def test_two_steps_train_every_part_and_nothing_else(name: str, options: dict[st
     row = means(state.meter.read(), attacked=traits.attacked, parts=traits.parts)
     assert all(np.isfinite(value) for value in row.values())
     assert {key for key in row if key.startswith("loss_")} == {"loss_cls", *traits.parts}
-    assert ("kl_tail" in row) == ("loss_kl" in traits.parts)
+    assert ("kl_tail_pct" in row) == ("loss_kl" in traits.parts)
     assert row["skipped_steps"] == 0
     assert (state.engine is not None) == (traits.attacked and replay == 1)
     if config.model.denoise:
@@ -462,9 +462,9 @@ def test_share_of_the_tail_in_the_kl_is_that_of_the_images_trained_on() -> None:
     sums = {"loss": 0.0, "loss_cls": 0.0, "loss_kl": float(found.kl) * 4, "kl_tail": float(found.tail) * 4, "images": 4}
     empty = {"correct": 0.0, "steps": 1.0, "grad_norm": 0.0, "zero_grad": 0.0, "nan_grad": 0.0, "skipped": 0.0}
     row = means({**sums, **empty}, attacked=True, parts=("loss_kl",))
-    assert row["kl_tail"] == pytest.approx(terms[p < 0.01].sum() / terms.sum(), rel=1e-9)
-    assert row["kl_tail"] < 0  # the attacked image moves probability into the tail, where Eq. 4's terms are negative
-    assert means({**sums, **empty, "loss_kl": 0.0}, attacked=True, parts=("loss_kl",))["kl_tail"] == 0
+    assert row["kl_tail_pct"] == pytest.approx(100 * terms[p < 0.01].sum() / terms.sum(), rel=1e-9)
+    assert row["kl_tail_pct"] < 0  # the attacked image moves probability into the tail, where Eq. 4 has negative terms
+    assert means({**sums, **empty, "loss_kl": 0.0}, attacked=True, parts=("loss_kl",))["kl_tail_pct"] == 0
 
 
 def test_free_delta_of_mixture_bn_ascends_the_attacked_images_cross_entropy_alone() -> None:
@@ -484,5 +484,5 @@ def test_free_delta_of_mixture_bn_ascends_the_attacked_images_cross_entropy_alon
         deltas.append(state.delta.value.clone())
 
     state.delta.step_ = spy  # type: ignore[method-assign]
-    free_step(state, config, batch)
+    free_step(state, config, batch, Draw(0))
     torch.testing.assert_close(deltas[0], 0.01 * grad.sign(), rtol=0, atol=1e-12)

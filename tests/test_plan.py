@@ -278,6 +278,10 @@ def test_a_replacement_is_another_row(num: int, seed: int, epoch: int, attempt: 
     assert replace(plan, batch_size=3, rank=1, world=4).replacement(row, attempt) == shown
 
 
+def test_a_single_row_has_no_other_replacement_than_itself() -> None:
+    assert [replace(TRAIN, num_samples=1, batch_size=1).replacement(0, attempt) for attempt in range(4)] == [0] * 4
+
+
 def test_replacements_are_uniform_over_the_other_rows() -> None:
     shown = [replace(TRAIN, num_samples=11, epoch=epoch).replacement(4, 0) for epoch in range(3000)]
     counts = np.bincount(shown, minlength=11)

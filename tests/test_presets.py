@@ -95,6 +95,12 @@ def test_rows_that_are_the_same_network_are_the_same_run() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", [name for name in IMAGENET if "r152" in name or name.endswith("pgd10")])
+def test_standard_training_has_the_colours_of_its_reference_recipe_and_free_training_has_none(name: str) -> None:
+    data = resolved(name).data
+    assert (data.jitter, data.lighting) == ((0.0, 0.0) if name.endswith("free") else (0.4, 0.1))
+
+
 def test_frees_own_recipe_is_that_of_its_authors() -> None:
     """Their configs.yml and main_free.py: the rate drops after ceil(30/4) = 8 and 16 of 23 passes."""
     config = resolved("free-original")
@@ -164,7 +170,7 @@ def test_it_trains_when_it_is_made_small(name: str) -> None:
     x = torch.from_numpy(rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)).permute(0, 3, 1, 2)
     batch = Batch(x, torch.arange(6) % 4, torch.arange(6))
     if config.attack.replay > 1:
-        free_step(state, config, batch)
+        free_step(state, config, batch, Draw(0))
     else:
         standard_step(state, config, batch, Draw(0), num_classes=4)
     sums = state.meter.read()

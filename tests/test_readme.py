@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from fasttht import cli
+from fasttht.bench.ladder import COUNTED, RUNGS, count_collectives, count_rung
 from fasttht.config_file import preset_names
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SCRIPTS = {"tools/write_ffcv.py": ["data", "write"], "tools/compare_runs.py": ["compare"]}
+
+TORCHRUN = ("--nproc-per-node", "--max-restarts")
 
 
 def commands() -> list[list[str]]:
@@ -63,11 +66,12 @@ def test_every_command_parses(
 
 def test_every_flag_and_file_that_is_named_exists(capsys: pytest.CaptureFixture[str]) -> None:
     helps = ""
-    benches = (["bench", name] for name in ("load", "attack", "step", "kernels", "zeros"))
-    for words in (["train"], ["pretrain"], ["eval"], ["compare"], ["data", "write"], *benches):
+    benches = (["bench", name] for name in ("load", "attack", "step", "kernels", "zeros", "scale"))
+    for words in (["train"], ["pretrain"], ["eval"], ["compare"], ["export"], ["data", "write"], *benches):
         assert cli.run([*words, "--help"]) == 0
         helps += capsys.readouterr().out
-    flags = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README)) - {"--help"}
+    helps += (ROOT / "tools" / "render_characters.py").read_text()  # a script of its own
+    flags = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README)) - {"--help", *TORCHRUN}
     assert flags
     for flag in flags:
         assert flag in helps, f"{flag} is no option"
@@ -75,6 +79,19 @@ def test_every_flag_and_file_that_is_named_exists(capsys: pytest.CaptureFixture[
         assert (ROOT / path).exists(), path
     for preset in re.findall(r"--preset (\S+?)[`\s]", README):
         assert preset in (*preset_names(), *preset_names(pretrain=True))
+
+
+@pytest.mark.changes_rng
+def test_the_ladders_table_is_what_is_counted() -> None:
+    rows = dict(re.findall(r"^\| (A\d) \|.*\| ([\w .]+ \| [\w .]+) \|$", README, re.MULTILINE))
+    assert list(rows) == list(RUNGS)
+    for rung, figures in rows.items():
+        count = count_rung(rung) if rung in COUNTED else None
+        assert figures == (
+            "not counted | not counted" if count is None else f"{count.num_bytes / 1e6:.1f} | {count.launches}"
+        )
+    exchanges = count_collectives("A0")
+    assert re.search(rf"A0 and A1 exchange\s+{exchanges} messages", README)
 
 
 def test_no_placeholder_is_left() -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+
 import pytest
 
-from fasttht.regions import region, watched
+from fasttht.distributed import World
+from fasttht.regions import region, waited_for, watched
+from fasttht.roll_call import RollCall
 
 
 class Diary:
@@ -69,3 +74,46 @@ def test_a_second_watcher_is_refused_and_the_first_one_stays() -> None:
 
 def test_a_decorated_function_keeps_its_name() -> None:
     assert work.__name__ == "work"
+
+
+def test_waiting_for_items_is_a_region_and_using_them_is_not() -> None:
+    diary = Diary()
+
+    def made() -> Iterator[str]:
+        for item in "ab":
+            diary.enter(f"making {item}")
+            yield item
+
+    with watched(diary):
+        for item in waited_for(made()):
+            diary.enter(f"using {item}")
+    wait, leave = "enter data_wait", "leave"
+    assert diary.lines == [
+        wait, "enter making a", leave, "enter using a", wait, "enter making b", leave, "enter using b", wait, leave,
+    ]  # fmt: skip
+
+
+def test_an_item_is_let_go_before_the_next_is_waited_for() -> None:
+    class Item:
+        pass
+
+    alive: list[int] = []
+    known: weakref.WeakSet[Item] = weakref.WeakSet()
+
+    def made() -> Iterator[Item]:
+        for _ in range(3):
+            alive.append(len(known))
+            known.add(item := Item())
+            yield item
+            del item
+
+    for item in waited_for(made()):
+        del item
+    assert alive == [0, 0, 0]
+
+
+def test_an_exchange_with_other_processes_is_a_region() -> None:
+    diary, calls = Diary(), RollCall.__new__(RollCall)
+    with watched(diary), World(0, 2, roll_call=calls).exchange("gradients"):
+        diary.enter("waiting")
+    assert diary.lines == ["enter comm", "enter waiting", "leave"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +16,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fasttht import checkpoint, loop
+from fasttht import checkpoint, resuming, signals
 from fasttht.build import build_model
 from fasttht.config import TrainConfig
 from fasttht.config_file import from_flat, read_preset
 from fasttht.errors import CheckpointError, Interrupted, UsageError
 from fasttht.pipelines import DataError
 from fasttht.resolve import resolve
+from fasttht.run_folder import RunFolder
+from fasttht.subject import open_run
 from fasttht.train import Trainer
 
 # Three steps a pass, two passes; rows of metrics fall between checkpoints, so their sums must be saved too.
@@ -118,7 +121,7 @@ def encoder_of(config: TrainConfig) -> dict[str, torch.Tensor]:
 def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path / "run", **MODES["at"])
     Trainer(config).fit(stop_at=1)
-    monkeypatch.setattr(loop, "META_VERSION", loop.META_VERSION + 1)
+    monkeypatch.setattr(resuming, "META_VERSION", resuming.META_VERSION + 1)
     with pytest.raises(CheckpointError, match="continue it with the release that wrote it"):
         Trainer(config)
 
@@ -160,7 +163,7 @@ def test_every_tensor_that_a_step_changes_is_in_the_checkpoint() -> None:
         batch = Batch(x, torch.from_numpy(rng.integers(0, 10, 400)), torch.arange(400))
         before = {id(t): (name, t.clone()) for name, t in reachable(state)}
         if "replay" in options:
-            free_step(state, config, batch)
+            free_step(state, config, batch, Draw(0))
         else:
             standard_step(state, config, batch, Draw(0), num_classes=10)
         saved = {t.data_ptr() for group in state.tensors().values() for t in group.values()}
@@ -324,3 +327,85 @@ def test_the_average_of_a_short_run_has_left_the_initial_weights(tmp_path: Path)
     assert trainer.state.ema is not None
     weight, average = trainer.state.model.trunk.conv1.weight, trainer.state.ema.trunk.conv1.weight
     assert (average - initial).norm() > 0.3 * (weight - initial).norm()
+
+
+def test_a_named_checkpoint_is_gone_on_from_and_what_came_after_it_is_dropped(tmp_path: Path) -> None:
+    options: dict[str, Any] = {**MODES["at"], "checkpoint_interval": 1, "checkpoint_hist": 9}
+    row = Trainer(config_of(tmp_path / "run", **options)).fit()
+    whole = contents(tmp_path / "run")
+    third = checkpoint.listing(tmp_path / "run")[2]
+    again = Trainer(config_of(tmp_path / "run", **options, resume=str(third)))
+    assert again.state.step == 3
+    assert again.fit() == row
+    assert contents(tmp_path / "run") == whole
+    with pytest.raises(UsageError, match="--resume: expected auto, never or a checkpoint of"):
+        Trainer(config_of(tmp_path / "run", **options, resume=str(tmp_path)))
+
+
+def test_the_checkpoint_with_the_best_evaluation_is_kept_and_can_be_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {**MODES["at"], "epochs": 5, "eval_interval": 1, "checkpoint_hist": 1}
+    config = config_of(tmp_path / "run", **options)
+    accuracy = {3: 40.0, 6: 60.0, 9: 60.0, 12: 50.0, 15: 55.0}  # of equals the first is the best
+    threes = [f"step-{step:08d}" for step in accuracy]
+
+    def scored(self: Trainer, kind: str) -> dict[str, Any]:
+        pgd = accuracy[self.state.step]
+        return self._record(kind, {"clean": 99.0 - pgd / 9, "pgd2": pgd, "pgd2-targeted": pgd + 9, "images": 360})
+
+    monkeypatch.setattr(Trainer, "_evaluate", scored)
+
+    def kept(path: Path) -> list[str]:
+        return [folder.name for folder in checkpoint.listing(path)]
+
+    folder = RunFolder(tmp_path / "run")
+    assert Trainer(config).fit(stop_at=2) is None
+    with pytest.raises(CheckpointError, match=r"--checkpoint best: expected .* got none"):
+        resuming.choose(folder, "best")
+    for stop, expected in ((5, [threes[0], "step-00000005"]), (8, [threes[1], "step-00000008"]), (12, threes[1:4:2])):
+        assert Trainer(config).fit(stop_at=stop) is None
+        assert kept(folder.path) == expected
+    assert Trainer(config).fit() is not None
+    assert kept(folder.path) == [threes[1], threes[4]]
+    assert resuming.choose(folder, "best").name == threes[1]
+    assert resuming.choose(folder, "last").name == threes[4]
+    assert resuming.choose(folder, threes[1]).name == threes[1]
+    with pytest.raises(CheckpointError, match=r"--checkpoint: expected last, best or one of step-00000006, step-.*15"):
+        resuming.choose(folder, "step-6")
+    assert open_run(folder.path, config, which="best").checkpoint == threes[1]
+    whole = config_of(tmp_path / "whole", **options)
+    assert Trainer(whole).fit() is not None
+    assert contents(tmp_path / "whole") == contents(folder.path)
+    assert kept(tmp_path / "whole") == kept(folder.path)
+    # What is gone is not the best of what is there.
+    shutil.rmtree(folder.path / checkpoint.FOLDER / threes[1])
+    assert resuming.choose(folder, "best").name == threes[4]
+    (resuming.choose(folder, "last") / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="expected sha256"):
+        resuming.choose(folder, "best")
+
+
+def test_a_signal_in_an_evaluation_ends_it_midway_and_the_resumed_run_does_it_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {**MODES["at"], "eval_interval": 1}
+    config = config_of(tmp_path / "run", **options)
+    trainer, calls = Trainer(config), []
+
+    def interrupted() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        check()
+
+    check = signals.check
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_evaluate", lambda kind: interrupted())
+        with pytest.raises(Interrupted, match="step 3 of 6, saved") as caught:
+            trainer.fit()
+    assert caught.value.exit_code == 75
+    assert "eval" not in [row["kind"] for row in trainer.folder.rows()]
+    Trainer(config).fit()
+    Trainer(config_of(tmp_path / "whole", **options)).fit()
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")

@@ -100,7 +100,7 @@ def batch_of(number: int, rows: int = BATCH, device: torch.device = CPU) -> Batc
 def take(state: TrainState, config: TrainConfig, number: int, rows: int = BATCH) -> None:
     batch = batch_of(number, rows, state.device)
     if config.attack.replay > 1:
-        free_step(state, config, batch)
+        free_step(state, config, batch, Draw(0))
     else:
         standard_step(state, config, batch, Draw(3, 0, number), num_classes=CLASSES)
 
@@ -147,7 +147,7 @@ def test_a_recording_reads_nothing_of_the_batch_but_its_own_buffers() -> None:
         batch = batch_of(number)
         for mine, new in zip((slot.x, slot.y, slot.index), (batch.x, batch.y, batch.index), strict=True):
             mine.copy_(new)
-        free_step(captured, config, slot)
+        free_step(captured, config, slot, Draw(0))
     assert_equal_states(eager, captured)
 
 
@@ -316,7 +316,6 @@ def test_captured_equals_uncaptured_on_a_gpu(kind: str, gpu: torch.device) -> No
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("rung", ["eager", "fused", "captured"])
 def test_no_rung_waits_for_the_gpu(rung: str, gpu: torch.device) -> None:
     config = config_of(replay=4, alpha=None)
@@ -326,7 +325,7 @@ def test_no_rung_waits_for_the_gpu(rung: str, gpu: torch.device) -> None:
     batch = batch_of(2, device=gpu)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        free_step(state, config, batch)
+        free_step(state, config, batch, Draw(0))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -160,7 +160,7 @@ def test_free_trainer_equals_the_specification_for_five_steps(minimal: ModuleTyp
     delta = torch.zeros(8, 3, SIDE, SIDE, dtype=torch.float64)
     for step in range(5):
         batch = make_batch(step, size=8 if step < 4 else 5)  # a short last batch
-        free_step(state, config, batch)
+        free_step(state, config, batch, Draw(0))
         minimal.free_step(
             f, g, optimizer, bank, delta, batch.x.double() / 255, batch.y, batch.index, eps=0.1, alpha=0.1, replay=3,
             tau=0.2, momentum=None if frozen else 0.9,
@@ -206,7 +206,7 @@ def test_train_steps_never_wait_for_the_device(options: dict[str, Any], rung: st
         counter.syncs.clear()
         for step in range(2):
             if "replay" in options:
-                free_step(state, config, make_batch(step))
+                free_step(state, config, make_batch(step), Draw(0))
             else:
                 standard_step(state, config, make_batch(step), Draw(0), num_classes=CLASSES)
     assert counter.syncs == []
@@ -223,7 +223,7 @@ def test_gradient_accumulation_keeps_bank_delta_and_draws(options: dict[str, Any
         state.model.eval()  # without batch statistics the parts add up to the whole batch
         for step in range(3):
             if "replay" in options:
-                free_step(state, config, make_batch(step, 8 if step else 6))
+                free_step(state, config, make_batch(step, 8 if step else 6), Draw(0))
             else:
                 standard_step(state, config, make_batch(step, 8 if step else 6), Draw(3, 0, step), num_classes=CLASSES)
         states.append(state)
