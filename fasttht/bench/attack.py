@@ -17,18 +17,23 @@ from fasttht.attacks.engine import EagerEngine, Engine, FoldedEngine
 from fasttht.attacks.graph import CudaRecorder
 from fasttht.attacks.pgd import FP16_LOSS_SCALE, Draw
 from fasttht.attacks.threat import Threat
-from fasttht.bench.attack_peers import PEERS, Logits, peer, peer_version
+from fasttht.bench.attack_peers import PEERS, Logits, Peer, peer, peer_version
 from fasttht.bench.calls import Calls, count_calls, peak_memory_gib
 from fasttht.bench.env import environment
-from fasttht.bench.jobs import Job, summarise_jobs, time_jobs
+from fasttht.bench.jobs import Job, free_memory, summarise_jobs, time_jobs
 from fasttht.bench.ladder import ENGINE_RUNGS, count_rung, has_byte_model, predicted_bytes
 from fasttht.bench.trace import write_trace
 from fasttht.bench.windows import Progress
+from fasttht.kernels import convs
 from fasttht.models.two_head import TwoHead
+from fasttht.precision import fastest_kernels, full_precision
 
 ENGINES = tuple(ENGINE_RUNGS)
 _EPS, _ALPHA = 4 / 255, 1 / 255
 _NUM_CLASSES = 1000
+# Images whose float32 gradients are taken at once: of 256 of them a ResNet-50 keeps 20 GB.
+_EXACT_IMAGES = 32
+OUT_OF_MEMORY = "out of memory"
 # Images of a batch where nothing else is asked for: what a small machine can wait for, and what fills a GPU.
 CPU_BATCH_SIZE, CUDA_BATCH_SIZE = 8, 128
 
@@ -69,43 +74,75 @@ def described(settings: Settings) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@fastest_kernels()
 def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[str, Any]:
     """Measure everything; return the report, ready for JSON. Ratios are to torchattacks, or to `eager` without it.
 
-    What is counted (launches, waits, memory) and traced is so after the timed windows, in calls of its own.
+    What is counted (launches, waits, memory) and traced is so after the timed windows, in calls of its own. What memory
+    does not suffice for has its reason where its figures would be.
     """
     device = device_of(settings.cpu)
     model, x, y = subject(settings, device)
     threat = Threat(eps=_EPS, alpha=_ALPHA, steps=settings.steps, start="clean")
     jobs: dict[str, Callable[[], Tensor]] = {}
     missing: list[dict[str, Any]] = []
+
+    def drop(name: str) -> None:
+        jobs.pop(name, None)
+        free_memory(device)
+        missing.append({"name": name, "not_run": OUT_OF_MEMORY})
+
     for name in settings.engines:
         progress(f"{name}: building it")
         try:
             jobs[name] = _job(name, model, x, y, threat)
+            continue
         except ImportError as error:
             missing.append({"name": name, "not_run": f"it is not installed ({error})"})
+            continue
+        except torch.OutOfMemoryError:
+            pass
+        drop(name)
     rows: list[dict[str, Any]] = []
-    if jobs:
+    seconds = time_jobs(jobs, device, windows=settings.windows, progress=progress, drop=drop)
+    if seconds:
         reference = next((name for name in ("torchattacks", "eager") if name in jobs), next(iter(jobs)))
-        timed: dict[str, Job] = dict(jobs)
-        seconds = time_jobs(timed, device, windows=settings.windows, progress=progress)
         rows = summarise_jobs(seconds, len(x), reference)
         _add_rungs(rows, settings)
-        exact = EagerEngine(model, model.logits).gradient(x, y).sign()
+        if settings.trace is not None:
+            write_trace(jobs, device, settings.trace)
+        exact = exact_gradient(EagerEngine(model, model.logits).gradient, x, y).sign()
         for row in rows:
             progress(f"{row['name']}: counting")
-            row |= _counted(row["name"], jobs[row["name"]], device, settings)
-            row |= _quality(row["name"], model, jobs[row["name"]], x, y, exact)
             row["version"] = peer_version(row["name"]) if row["name"] in PEERS else None
-        if settings.trace is not None:
-            write_trace(timed, device, settings.trace)
+            # Each is let go when it has been counted: the next one's memory is its own.
+            _describe(row, jobs.pop(row["name"]), settings, model, x, y, exact)
+            free_memory(device)
     return {
         "bench": "attack",
         "env": environment(device) | {"threads": torch.get_num_threads()},
         "settings": described(settings),
         "rows": rows + missing,
     }
+
+
+def _describe(
+    row: dict[str, Any], job: Callable[[], Tensor], settings: Settings, model: TwoHead, x: Tensor, y: Tensor,
+    exact: Tensor,
+) -> None:  # fmt: skip
+    """Put into a row what is counted, and how good the attack is; or that memory did not suffice for it."""
+    try:
+        row |= _counted(row["name"], job, x.device, settings)
+        row |= _quality(row["name"], model, job, x, y, exact)
+    except torch.OutOfMemoryError:
+        row["not_counted"] = OUT_OF_MEMORY
+
+
+def exact_gradient(gradient: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """Return the input gradients that others are compared with: in full float32, some images at a time."""
+    with full_precision():
+        starts = range(0, len(x), _EXACT_IMAGES)
+        return torch.cat([gradient(x[i : i + _EXACT_IMAGES], y[i : i + _EXACT_IMAGES]) for i in starts])
 
 
 def subject(settings: Settings, device: torch.device) -> tuple[TwoHead, Tensor, Tensor]:
@@ -194,23 +231,32 @@ def _counted(name: str, job: Job, device: torch.device, settings: Settings) -> d
         network: dict[str, Any] = {"stem": settings.stem, "width": settings.width}
         count = count_rung(ENGINE_RUNGS[name], settings.arch, settings.img_size, **network)
         return found | Calls(count.launches + 1, count.waits, None, "meta").per(1)
+    if name == "fused":
+        found["fused_conv_shapes"] = convs.shapes_run()
     return found | count_calls(job, device).per(settings.steps)
 
 
 def _quality(
     name: str, model: TwoHead, job: Callable[[], Tensor], x: Tensor, y: Tensor, exact: Tensor
-) -> dict[str, float]:
-    """Return, in percent: how often the attack succeeds; for an engine also its gradient's agreement and zeros.
+) -> dict[str, Any]:
+    """Return, in percent: how often the attack succeeds; of its gradient the agreement of signs and the zeros.
 
-    Training-mode BN has gradients of another function: there is no agreement to speak of.
+    A peer's gradient is known by its first step. Training-mode BN has gradients of another function: there is no
+    agreement to speak of.
     """
     x_adv = job()
     with torch.no_grad():
         clean, attacked = (model.logits(images).argmax(dim=1) for images in (x, x_adv))
-    found = {"changed_pct": 100 * (clean != attacked).double().mean().item()}
-    if name in ENGINES and name != "backward":
-        gradient = _engine(name, model, x).gradient(x, y)
-        found["zero_grad_pct"] = 100 * (gradient == 0).double().mean().item()
-        if name != "eager-batch":
-            found["sign_agreement_pct"] = 100 * (gradient.sign() == exact).double().mean().item()
+    found: dict[str, Any] = {"changed_pct": 100 * (clean != attacked).double().mean().item()}
+    if name == "backward":
+        return found
+    if isinstance(job, Peer):
+        found["layout"] = job.layout
+        signs, inside = (job.one_step() - x).sign(), (x > 0) & (x < 1)  # a step out of [0, 1] is no step
+        signs, exact = signs[inside], exact[inside]
+    else:
+        signs = _engine(name, model, x).gradient(x, y).sign()
+    found["zero_grad_pct"] = 100 * (signs == 0).double().mean().item()
+    if name != "eager-batch":
+        found["sign_agreement_pct"] = 100 * (signs == exact).double().mean().item()
     return found

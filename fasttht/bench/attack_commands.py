@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from cyclopts import Parameter
+
 from fasttht.bench.finish import check_output, check_positive, figure, finish, machine
 from fasttht.config import Many
 from fasttht.errors import UsageError
@@ -38,7 +40,7 @@ def attack(
 ) -> int:
     """Measure PGD: every attack engine, and torchattacks, foolbox and ART where they are installed.
 
-    One network, batch and start for all; each peer in the memory layout that it is faster with. The last line of
+    One network, batch and start for all; each peer in the fastest of four memory layouts. The last line of
     stdout is the report as JSON.
 
     Parameters
@@ -117,6 +119,8 @@ def _show_attack(report: dict[str, Any]) -> None:
     for row in report["rows"]:
         if "not_run" in row:
             log.say(f"{row['name']}: not run: {row['not_run']}")
+        elif "not_counted" in row:
+            log.say(f"{row['name']}: timed, but not all of it counted: {row['not_counted']}")
 
 
 def _show_rungs(ran: list[dict[str, Any]]) -> None:
@@ -131,13 +135,15 @@ def _show_rungs(ran: list[dict[str, Any]]) -> None:
                 row.get("rung", ""),
                 figure(row.get("speedup"), "{:.2f}"),
                 figure(row.get("predicted_speedup"), "{:.2f}"),
-                figure(row["launches_per_step"], "{:,.0f}"),
-                figure(row["waits_per_step"]),
-                figure(row["gpu_mem_gib"], "{:.2f}"),
+                figure(row.get("launches_per_step"), "{:,.0f}"),
+                figure(row.get("waits_per_step")),
+                figure(row.get("gpu_mem_gib"), "{:.2f}"),
             )
             for row in ran
         ),
     )
+    for found in (row["fused_conv_shapes"] for row in ran if "fused_conv_shapes" in row):
+        log.say(f"fused: cuDNN's own conv+ReLU kernels for {found['cudnn']} shapes, two passes for {found['plain']}")
     lowest = next((row["speedup_to"] for row in ran if "rung" in row), None)
     if lowest is not None:
         log.say(f"speed-up: over {lowest}; predicted: by the byte model, for a GPU that is bound by bandwidth")
@@ -206,48 +212,54 @@ def zeros(
     return 0
 
 
-def ladder(*, arch: Arch = "resnet50", img_size: int = 224, output: Path | None = None) -> int:
+def ladder(
+    *, arch: Annotated[Arch, Parameter(name=["--arch", "--model"])] = "resnet50", img_size: int = 224,
+    output: Path | None = None,
+) -> int:  # fmt: skip
     """Count what one input gradient of each rung asks of a GPU: launches, activation bytes, waits. Nothing is timed.
 
-    The last line of stdout is the report as JSON.
+    exchanges: with other processes, where they share their BN statistics (--sync-bn). The last line of stdout is the
+    report as JSON.
 
     Parameters
     ----------
     output
         Also append the JSON line to this file.
     """
-    if arch in ("resnet18", "resnet34"):
-        raise UsageError(f"--arch: expected resnet50, resnet101 or resnet152, got {arch}; the model counts bottlenecks")
     check_positive({"--img-size": img_size})
     check_output(output)
     from fasttht import log
-    from fasttht.bench.ladder import RUNGS, count_rung, predicted_bytes
+    from fasttht.bench.ladder import COUNTED, NOT_COUNTED, RUNGS, count_collectives, count_rung, predicted_bytes
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for rung, what in RUNGS.items():
-        count = count_rung(rung, arch, img_size)
-        rows.append(
-            {
-                "name": rung, "what": what, "launches": count.launches, "mb_per_image": count.num_bytes / 1e6,
-                "predicted_mb": predicted_bytes(rung, arch, img_size) / 1e6,
-                "waits": count.waits, "collectives": count.collectives,
-            }
-        )  # fmt: skip
+        row: dict[str, Any] = {"name": rung, "what": what, "predicted_mb": predicted_bytes(rung, arch, img_size) / 1e6}
+        if rung in COUNTED:
+            count = count_rung(rung, arch, img_size)
+            row |= {
+                "launches": count.launches, "mb_per_image": count.num_bytes / 1e6, "waits": count.waits,
+                "collectives": count_collectives(rung, arch),
+            }  # fmt: skip
+        else:
+            row["not_counted"] = NOT_COUNTED
+        rows.append(row)
     log.table(
         f"one input gradient of {arch}, {img_size} px, float16, counted",
-        ("rung", "what", "launches", "MB an image", "predicted", "waits"),
+        ("rung", "what", "launches", "MB an image", "predicted", "waits", "exchanges"),
         (
             (
                 row["name"],
                 row["what"],
-                row["launches"],
-                f"{row['mb_per_image']:.1f}",
+                figure(row.get("launches"), "{}"),
+                figure(row.get("mb_per_image")),
                 f"{row['predicted_mb']:.1f}",
-                row["waits"],
+                figure(row.get("waits"), "{}"),
+                figure(row.get("collectives"), "{}"),
             )
             for row in rows
         ),
     )
+    log.say(f"A4: not counted: {NOT_COUNTED}")
     finish({"bench": "ladder", "settings": {"arch": arch, "img_size": img_size}, "rows": rows}, output)
     return 0
 

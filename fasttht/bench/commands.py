@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App
 
-from fasttht.bench import attack_commands, step_commands
-from fasttht.bench.finish import check_output, finish
+from fasttht.bench import attack_commands, scale_commands, step_commands
+from fasttht.bench.finish import check_output, finish, keep_part, kept_part
 from fasttht.config import Many
 from fasttht.errors import UsageError
 
 bench_app = App(name="bench", help="Measure where the time goes, beside peers, on this machine.")
 attack_commands.register(bench_app)
 step_commands.register(bench_app)
+scale_commands.register(bench_app)
 
 LoaderName = Literal["turbo", "ffcv", "dali-cpu", "dali-gpu", "synthetic", "ffcv-stock", "torchvision-cuda"]
 LOADERS: tuple[LoaderName, ...] = (
@@ -129,9 +131,10 @@ def load(
     old = comparison.open_report(compare, "load", described(settings), device_of(cpu))
     try:
         with log.console.status("bench load") as status:
-            report = measure(settings, progress=status.update)
+            report = measure(settings, progress=status.update, keep=partial(keep_part, output=output))
     except KeyboardInterrupt:
-        log.fail("stopped; nothing was kept")
+        part = kept_part(output)
+        log.fail("stopped; nothing was kept" if part is None else f"stopped; what was measured is in {part}")
         return 130
     comparison.compare(old, report)
     _show(report)

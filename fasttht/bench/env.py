@@ -31,6 +31,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "dali": package_version("nvidia-dali-cuda120"),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.version.cuda else None,  # type: ignore[no-untyped-call]
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "python": platform.python_version(),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),

@@ -10,10 +10,10 @@ from typing import Any
 from fasttht.errors import UsageError
 
 
-def check_output(output: Path | None) -> None:
+def check_output(output: Path | None, flag: str = "--output") -> None:
     """Refuse a file that could not be written at the end. Raises: UsageError."""
     if output is not None and not output.parent.is_dir():
-        raise UsageError(f"--output: expected a file in an existing folder, got {output}; make the folder first")
+        raise UsageError(f"{flag}: expected a file in an existing folder, got {output}; make the folder first")
 
 
 def check_positive(values: dict[str, int]) -> None:
@@ -34,6 +34,21 @@ def figure(value: float | None, form: str = "{:.1f}") -> str:
     return "" if value is None else form.format(value)
 
 
+def keep_part(report: dict[str, Any], output: Path | None) -> None:
+    """Write what is known of a report so far beside its file: what is left if the command does not come to its end."""
+    if output is not None:
+        _part(output).write_text(json.dumps(report) + "\n", encoding="utf-8")
+
+
+def kept_part(output: Path | None) -> Path | None:
+    """Return where that is, or None if there is none."""
+    return None if output is None or not _part(output).exists() else _part(output)
+
+
+def _part(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
+
+
 def finish(report: dict[str, Any], output: Path | None) -> None:
     """Write the report as the last line of stdout, and append it to the file."""
     line = json.dumps(report) + "\n"
@@ -42,3 +57,4 @@ def finish(report: dict[str, Any], output: Path | None) -> None:
     if output is not None:
         with output.open("a", encoding="utf-8") as file:
             file.write(line)
+        _part(output).unlink(missing_ok=True)

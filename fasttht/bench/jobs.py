@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,23 +27,41 @@ def time_jobs(
     windows: int,
     progress: Progress = lambda what: None,
     clock: Clock = time.perf_counter,
+    drop: Callable[[str], None] | None = None,
 ) -> dict[str, list[float]]:
     """Run every job to warm up, then `windows` times in turn; return the seconds of each call, by name.
 
     Once to warm up, on CUDA twice: the second call of an attack or a step may be the one that is recorded.
+    drop: told of a job that memory does not suffice for, which is then left out; without it the error is raised.
     """
     found: dict[str, list[float]] = {name: [] for name in jobs}
     warm_ups = 2 if device.type == "cuda" else 1
     for i in range(1 - warm_ups, windows + 1):
-        for name, job in jobs.items():
+        for name in list(found):
             progress(f"{name}: {f'window {i} of {windows}' if i > 0 else 'warm-up, and compiling where it is needed'}")
-            synchronize(device)
-            start = clock()
-            job()
-            synchronize(device)
-            if i > 0:
-                found[name].append(clock() - start)
+            try:
+                synchronize(device)
+                start = clock()
+                jobs[name]()
+                synchronize(device)
+                seconds = clock() - start
+            except torch.OutOfMemoryError:
+                if drop is None:
+                    raise
+                del found[name]
+            else:
+                if i > 0:
+                    found[name].append(seconds)
+                continue
+            drop(name)  # after the handler: the error's traceback kept the job's tensors alive
     return found
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing holds any more: other jobs may need it in other pieces."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def summarise_jobs(seconds: Mapping[str, list[float]], images: int, reference: str) -> list[dict[str, Any]]:

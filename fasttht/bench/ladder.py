@@ -9,7 +9,8 @@ operators that are launches, and those that would make the host wait.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,9 @@ from torch.utils._pytree import tree_leaves
 from fasttht.attacks.folded import FoldedNet
 from fasttht.attacks.fused import FusedGradient
 from fasttht.attacks.pgd import input_gradient
-from fasttht.models.resnet import Stem
+from fasttht.distributed import World
+from fasttht.models.resnet import ARCHS, Stem
+from fasttht.models.sync_bn import synchronise_
 from fasttht.models.two_head import TwoHead
 
 # What each rung is, from the bottom: DESIGN's names, the engine, the weight gradients, BN's statistics.
@@ -31,12 +34,17 @@ RUNGS = {
     "A1": "input gradient only, training-mode BN",
     "A2": "input gradient only, evaluation-mode BN (eager)",
     "A3": "BN folded (folded)",
+    "A4": "BN folded, pointwise passes fused by torch.compile (compiled)",
     "A5": "BN folded, fused forwards and ReLU backward (fused)",
 }
 
 _FOLDED = ("A3", "A5")
 
-# Which rung an engine of `bench attack` is. A4 is compiled: what it asks for shows on a GPU only; nothing counts it.
+# What is counted without a GPU, and why the other is not.
+COUNTED = tuple(rung for rung in RUNGS if rung != "A4")
+NOT_COUNTED = "what torch.compile makes of the operators shows on a GPU only"
+
+# Which rung an engine of `bench attack` is.
 ENGINE_RUNGS = {
     "backward": "A0", "eager-batch": "A1", "eager": "A2", "folded": "A3", "compiled": "A4", "fused": "A5",
 }  # fmt: skip
@@ -55,17 +63,15 @@ _VIEWS = frozenset({
     "unsqueeze", "squeeze", "empty", "empty_like", "new_empty_strided", "new_zeros", "_to_copy", "lift_fresh",
 })  # fmt: skip
 _WAITS = frozenset({"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "unique"})
-_COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "allreduce", "allgather")
 
 
 @dataclass
 class Count:
-    """launches: operators with work of their own. num_bytes: activations moved. waits, collectives: there are none."""
+    """launches: operators with work of their own. num_bytes: activations moved. waits: of the host for the device."""
 
     launches: int = 0
     num_bytes: int = 0
     waits: int = 0
-    collectives: int = 0
     by_op: dict[str, int] = field(default_factory=dict)
 
 
@@ -81,7 +87,6 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name.split("::")[-1]
         count = self.count
         count.waits += name in _WAITS
-        count.collectives += any(part in name for part in _COLLECTIVES)
         if name in _VIEWS:
             return out
         count.launches += 1
@@ -136,21 +141,53 @@ def count_rung(
     rung: str, arch: str = "resnet50", img_size: int = 224, *, stem: Stem = "imagenet", width: int = 64
 ) -> Count:
     """Count one input gradient of a rung in half precision; num_bytes is for one image."""
+    counter = Counter()
+    _run(rung, _network(rung, arch, stem, width), img_size, counter)
+    counter.count.num_bytes //= _BATCH
+    return counter.count
+
+
+class _OnPaper(World):
+    """A second process that sends what this one does: exchanges are counted, and none takes place."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+
+    def gather_rows(self, name: str, tensor: Tensor, counts: Sequence[int]) -> Tensor:
+        self.calls[name] += 1
+        return torch.cat([tensor] * len(counts))
+
+    def sum_(self, name: str, tensor: Tensor) -> Tensor:
+        self.calls[name] += 1
+        return tensor
+
+
+def count_collectives(rung: str, arch: str = "resnet50", *, stem: Stem = "imagenet", width: int = 64) -> int:
+    """Count the exchanges of one input gradient where several processes share their BN statistics (--sync-bn)."""
+    model, world = _network(rung, arch, stem, width), _OnPaper()
+    synchronise_(model, world)
+    _run(rung, model, 64, nullcontext())
+    return world.calls.total()
+
+
+def _network(rung: str, arch: str, stem: Stem, width: int) -> TwoHead:
     with torch.random.fork_rng(devices=[]):
         model = TwoHead(arch, 1000, stem=stem, width=width, classifier="linear", feat_dim=None).half()
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.trunk.to("meta")
     model.classifier.to("meta")
     if rung not in _FOLDED:  # the folded network has the mean and deviation of pixels as numbers, read once
         model.normalize.to("meta")
+    return model
+
+
+def _run(rung: str, model: TwoHead, img_size: int, watch: AbstractContextManager[object]) -> None:
+    """Take one input gradient of a rung, watched."""
     x = torch.empty(_BATCH, 3, img_size, img_size, dtype=torch.float16, device="meta")
     y = torch.empty(_BATCH, dtype=torch.int64, device="meta")
     gradient = _gradient(rung, model)
-    counter = Counter()
-    with counter:
+    with watch:
         gradient(x.contiguous(memory_format=torch.channels_last), y)
-    counter.count.num_bytes //= _BATCH
-    return counter.count
 
 
 def _gradient(rung: str, model: TwoHead) -> Callable[[Tensor, Tensor], object]:
@@ -170,9 +207,7 @@ def _gradient(rung: str, model: TwoHead) -> Callable[[Tensor, Tensor], object]:
 
 def has_byte_model(arch: str, stem: str) -> bool:
     """Whether predicted_bytes knows such a network."""
-    from fasttht.models.resnet import ARCHS
-
-    return ARCHS[arch][0] and stem == "imagenet"
+    return arch in ARCHS and stem == "imagenet"
 
 
 def predicted_bytes(
@@ -180,7 +215,7 @@ def predicted_bytes(
 ) -> int:
     """Return the analytic model's bytes for one image: passes over each kind of tensor, of `itemsize` bytes an element.
 
-    Bottleneck networks with the 7x7 stem only. A pass reads or writes a tensor once. rung: a name of _PASSES.
+    Networks with the 7x7 stem only. A pass reads or writes a tensor once. rung: a name of _PASSES.
     """
     sizes = _sizes(arch, img_size, width)
     return round(itemsize * sum(passes * size for passes, size in zip(_PASSES[rung], sizes, strict=True)))
@@ -188,11 +223,8 @@ def predicted_bytes(
 
 def _sizes(arch: str, img_size: int, stem_width: int) -> tuple[int, int, int, int, int]:
     """Return elements per image of: all convolution outputs, those with a ReLU, inputs, block outputs, pool input."""
-    from fasttht.models.resnet import ARCHS
-
     bottleneck, blocks = ARCHS[arch]
-    if not bottleneck:
-        raise ValueError(f"predicted_bytes: expected a bottleneck network, got {arch}")
+    expansion = 4 if bottleneck else 1
     side = math.ceil(img_size / 2)
     outputs = with_relu = pool = stem_width * side**2
     inputs, sums, channels = 0, 0, stem_width
@@ -201,9 +233,12 @@ def _sizes(arch: str, img_size: int, stem_width: int) -> tuple[int, int, int, in
         width = stem_width << stage
         for block in range(num_blocks):
             before, after = side**2, math.ceil(side / (2 if block == 0 and stage else 1)) ** 2
-            with_relu += width * before + width * after
-            outputs += width * before + width * after + 4 * width * after * (2 if block == 0 else 1)
-            inputs += channels * before * (2 if block == 0 else 1) + width * before + width * after
-            sums += 4 * width * after
-            side, channels = math.isqrt(after), 4 * width
+            wide = expansion * width * after
+            branches = 2 if block == 0 and (stage or bottleneck) else 1  # a shortcut with a convolution of its own
+            inner = width * before + width * after if bottleneck else width * after
+            with_relu += inner
+            outputs += inner + wide * branches
+            inputs += channels * before * branches + inner
+            sums += wide
+            side, channels = math.isqrt(after), expansion * width
     return outputs, with_relu, inputs, sums, pool

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,9 @@ from fasttht.bench.windows import (
     quartiles,
     stage_speeds,
 )
+from fasttht.errors import UsageError
 from fasttht.pipelines import DataError
 from fasttht.pipelines.beton import BetonFile
-from fasttht.pipelines.photographs import photographs
 
 # Processes started to measure the time to the first batch, and how long one may take.
 _STARTS, _START_LIMIT_S = 3, 300.0
@@ -69,8 +70,14 @@ def described(settings: Settings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names} | {"device": device}
 
 
-def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[str, Any]:
+def measure(
+    settings: Settings,
+    progress: Progress = lambda what: None,
+    keep: Callable[[dict[str, Any]], None] = lambda report: None,
+) -> dict[str, Any]:
     """Measure everything; return the report, ready for JSON. `progress` is told what is being measured.
+
+    keep: gets the report whenever it has grown; what follows may take minutes.
 
     Raises: DataError for the data.
     """
@@ -85,8 +92,9 @@ def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[
         report["rows"], report["skipped"] = [], []
         for workers in settings.workers:
             report["rows"] += _rows(settings, beton, device, workers, progress)
+            keep(report)
         able = list(dict.fromkeys(row["name"] for row in report["rows"] if "img_per_s" in row))
-        _more(report, settings, beton, device, able, progress)
+        _more(report, settings, beton, device, able, progress, keep)
     finally:
         torch.set_num_threads(threads)
     return report
@@ -99,6 +107,7 @@ def _more(
     device: torch.device,
     names: list[str],
     progress: Progress,
+    keep: Callable[[dict[str, Any]], None],
 ) -> None:
     """Add what is measured besides speed, with all cores and the largest number of workers, or why it is not."""
     options: dict[str, Any] = {
@@ -109,6 +118,7 @@ def _more(
         own = {**options, "device": str(device)}
         codes = {name: code.format(name, str(beton.resolve()), own) for name in names}
         report["first_batch"] = first_batch_times(codes, progress)
+        keep(report)
     else:
         report["skipped"].append("time to the first batch: as asked")
     if settings.slowdown or (settings.slowdown is None and device.type == "cuda"):
@@ -247,6 +257,11 @@ def time_to_line(code: str) -> float | str:
 def _find_data(data: Path | None) -> tuple[Path, dict[str, Any]]:
     """Return the .beton, and what the report says about it."""
     if data is None:
+        try:
+            from fasttht.pipelines.photographs import photographs
+        except ModuleNotFoundError as error:
+            install = "run: pip install opencv-python-headless pillow"
+            raise UsageError(f"bench load: expected OpenCV and Pillow, got none ({error}); {install}") from None
         found = photographs()
         beton = found.beton
         origin: dict[str, Any] = {"source": "made-up" if found.made_up else "photographs", "cut_from": found.sources}

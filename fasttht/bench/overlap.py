@@ -16,6 +16,7 @@ from fasttht.bench.jobs import synchronize
 from fasttht.bench.windows import Candidate, Clock, Progress, quartiles
 from fasttht.models.two_head import TwoHead
 from fasttht.pipelines import DataError
+from fasttht.precision import fastest_kernels
 
 # The paper's: 10 steps at 16/255, targeted.
 _THREAT = Threat(eps=16 / 255, alpha=4 / 255, steps=10, targeted=True)
@@ -34,6 +35,7 @@ class _Failed(Exception):
 _START_LIMIT_S = 300.0
 
 
+@fastest_kernels()
 def measure_slowdown(
     candidates: Sequence[Candidate],
     device: torch.device,

@@ -18,15 +18,15 @@ from fasttht.bench.windows import Clock, Progress, quartiles
 from fasttht.regions import watched
 
 # In the order of a step. A phase is what regions inside it leave of it: attack is its draws, and all of an attack that
-# is replayed from a recording; attack_gradient is the fused engine's forward, and all of a compiled engine's gradient;
-# train_step is what a recorded training step has in one piece.
+# is replayed from a recording; attack_gradient is all of a compiled engine's gradient; train_step is what a recorded
+# training step has in one piece; comm is the exchange with other processes where the step waits for it.
 PHASES = (
     "data_wait", "clean_encoder", "attack_refresh", "attack", "attack_gradient", "attack_forward", "attack_backward",
     "attack_update", "train_step", "train_forward", "train_backward", "optimizer", "bank", "comm", "other",
 )  # fmt: skip
 OTHER = "other"
 NOTES = {
-    "data_wait": "0: the images lie on the device",
+    "data_wait": "0: the images lie on the device; --data has them loaded",
     "comm": "0: one process",
 }
 
@@ -114,12 +114,18 @@ def break_down(
     windows: int,
     progress: Progress = lambda what: None,
     clock: Clock = time.perf_counter,
+    lead: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Watch every job `windows` times in turn; return, by name, its phases as `summarise` gives them."""
+    """Watch every job `windows` times in turn; return, by name, its phases as `summarise` gives them.
+
+    lead: calls before each that is watched, until what lies ready from the job before it is used up.
+    """
     found: dict[str, list[tuple[dict[str, float], float]]] = {name: [] for name in jobs}
     for i in range(windows):
         for name, job in jobs.items():
             progress(f"{name}: phases, window {i + 1} of {windows}")
+            for _ in range(lead):
+                job()
             found[name].append(time_phases(job, device, clock=clock))
     return {name: summarise(own) for name, own in found.items()}
 
@@ -136,7 +142,7 @@ def summarise(watches: Sequence[tuple[dict[str, float], float]]) -> dict[str, An
     for name in names:
         own = [watch.get(name, 0.0) for watch, _ in watches]
         row: dict[str, Any] = {"name": name, "ms": quartiles(own)[1], "pct": 100 * sum(own) / max(sum(totals), 1e-12)}
-        if name in NOTES:
+        if name in NOTES and not any(own):
             row["note"] = NOTES[name]
         rows.append(row)
     return {

@@ -6,19 +6,22 @@ machine's arithmetic and bandwidth, and which of them limits it (`cost.judge`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from fasttht.attacks.graph import GraphedAttack
 from fasttht.attacks.pgd import Draw
 from fasttht.bench.attack import batch_size_of, device_of
 from fasttht.bench.calls import peak_memory_gib
 from fasttht.bench.cost import Step, judge, model_bytes, model_flops
 from fasttht.bench.env import environment
+from fasttht.bench.feed import LEAD, fed
 from fasttht.bench.jobs import Job, summarise_jobs, time_jobs
 from fasttht.bench.peaks import arithmetic_peak, copy_bandwidth
 from fasttht.bench.phases import break_down
@@ -28,6 +31,7 @@ from fasttht.build import amp_dtype_of, build_model, build_schedule
 from fasttht.config import AttackConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig, StepEngineName, TrainConfig
 from fasttht.models.clean_encoder import CleanEncoder
 from fasttht.pipelines.loader import Batch
+from fasttht.precision import fastest_kernels
 from fasttht.resolve import resolve
 from fasttht.state import TrainState
 from fasttht.steps import free_step, standard_step
@@ -40,7 +44,8 @@ _NUM_CLASSES = 1000
 class Settings:
     """What to measure: a clean step, a THAT step of `steps` PGD steps, and a free minibatch of `replay` replays.
 
-    step_engines: rungs of the training step's own ladder; each kind of step on each of them.
+    step_engines: rungs of the training step's own ladder; each kind of step on each of them. data: what the phases'
+    images are loaded from, by a decoder with as many threads as workers says (0: one per core); None: they lie there.
     """
 
     arch: str
@@ -54,6 +59,9 @@ class Settings:
     windows: int
     step_engines: tuple[StepEngineName, ...]
     cpu: bool = False
+    data: Path | None = None
+    loader: str = "turbo"
+    workers: int = 0
     trace: Path | None = None
     probe_bytes: int | None = None
     probe_side: int | None = None
@@ -61,11 +69,22 @@ class Settings:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A row to be: its step, ready to run, and what the method asks of it."""
+    """A row to be: its step, ready to run on images that lie there or on others, and what the method asks of it."""
 
     run: Job
+    run_on: Callable[[Batch], None]
     cost: Step
-    step_engine: str
+    state: TrainState
+
+    @property
+    def step_engine(self) -> str:
+        return self.state.step_engine.name
+
+    @property
+    def graphed(self) -> GraphedAttack | None:
+        """What replays its attack, if something does by now."""
+        found = getattr(self.state.engine, "graphed", None)
+        return found if isinstance(found, GraphedAttack) and found.recorded else None
 
 
 def described(settings: Settings) -> dict[str, Any]:
@@ -73,16 +92,19 @@ def described(settings: Settings) -> dict[str, Any]:
     device = device_of(settings.cpu)
     return {
         "arch": settings.arch, "stem": settings.stem, "width": settings.width,
-        "batch_size": batch_size_of(settings.batch_size, device), "img_size": settings.img_size,
+        "batch_size": _num_images(settings, device), "img_size": settings.img_size,
         "windows": settings.windows, "device": str(device),
-    }  # fmt: skip
+    } | ({} if settings.data is None else {"data": str(settings.data)})  # fmt: skip
 
 
+@fastest_kernels()
 def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[str, Any]:
     """Measure everything; return the report, ready for JSON. clean_steps is the cost of a step in clean ones.
 
-    Images lie on the device, so no data are waited for. g is frozen, as in the paper. The clean step that others are
-    compared with is the fastest here.
+    Images lie on the device, so no data are waited for, but in the phases of settings with data. g is frozen, as in the
+    paper. The clean step that others are compared with is the fastest here.
+
+    Raises: UsageError, DataError for the data.
     """
     device = device_of(settings.cpu)
     kinds: dict[str, _Kind] = {}
@@ -98,8 +120,8 @@ def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[
     jobs = {name: kind.run for name, kind in kinds.items()}
     seconds = time_jobs(jobs, device, windows=settings.windows, progress=progress)
     reference = min((name for name in kinds if name.startswith(CLEAN)), key=lambda name: median(seconds[name]))
-    rows = summarise_jobs(seconds, batch_size_of(settings.batch_size, device), reference)
-    watched = break_down(jobs, device, windows=settings.windows, progress=progress)
+    rows = summarise_jobs(seconds, _num_images(settings, device), reference)
+    watched = _watch(kinds, settings, device, progress)
     progress("copying and multiplying, for the machine's best")
     copy = copy_bandwidth(device, windows=settings.windows, buffer_bytes=settings.probe_bytes)
     peak = arithmetic_peak(device, windows=settings.windows, side=settings.probe_side)
@@ -125,11 +147,40 @@ def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[
     }
 
 
+def _watch(
+    kinds: dict[str, _Kind], settings: Settings, device: torch.device, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Return every kind's phases; of an attack that is replayed in one piece also its parts, run one by one."""
+    options: dict[str, Any] = {"windows": settings.windows, "progress": progress}
+    if settings.data is None:
+        found = break_down({name: kind.run for name, kind in kinds.items()}, device, **options)
+    else:
+        with fed(
+            settings.data, device, _num_images(settings, device), settings.img_size,
+            decoder=settings.loader, workers=settings.workers,
+        ) as feed:  # fmt: skip
+            jobs = {name: partial(_run_next, kind.run_on, feed) for name, kind in kinds.items()}
+            found = break_down(jobs, device, lead=LEAD, **options)
+    for name, kind in kinds.items():
+        if (graphed := kind.graphed) is not None:
+            with graphed.paused():
+                kind.run()  # what is made on the first call is made before
+                apart = break_down({name: kind.run}, device, **options)[name]["phases"]
+            found[name]["attack_apart"] = [row for row in apart if row["name"].startswith("attack")]
+            whole = next(row for row in found[name]["phases"] if row["name"] == "attack")
+            whole["note"] = "one CUDA graph; attack_apart has its parts, run one by one"
+    return found
+
+
+def _run_next(run_on: Callable[[Batch], None], feed: Iterator[Batch]) -> None:
+    run_on(next(feed))
+
+
 def _judged(
     row: dict[str, Any], cost: Step, settings: Settings, device: torch.device, gb_per_s: float, tflops: float
 ) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
-    images = batch_size_of(settings.batch_size, device)
+    images = _num_images(settings, device)
     network = (settings.arch, settings.stem, settings.width, settings.img_size)
     flops = images * model_flops(cost, *network)
     num_bytes = model_bytes(cost, *network, itemsize=2 if on_gpu else 4)
@@ -158,7 +209,7 @@ def _make_step(
                 attack_engine=settings.engine,  # type: ignore[arg-type]
             ),
             method=MethodConfig(objective=objective, clean_encoder="momentum"),  # type: ignore[arg-type]
-            optim=OptimConfig(batch_size=batch_size_of(settings.batch_size, device), lr=1e-6, step_engine=step_engine),
+            optim=OptimConfig(batch_size=_num_images(settings, device), lr=1e-6, step_engine=step_engine),
             run=RunConfig(device=str(device)),
         )
     )
@@ -171,16 +222,17 @@ def _make_step(
     batch = _batch(settings, device)
     name = None if state.engine is None else state.engine.name
     cost = Step(that=objective != CLEAN, attack_steps=settings.steps if name else 0, engine=name, replay=replay)
-    return _Kind(_stepper(state, config, batch, replay), cost, state.step_engine.name)
+    run_on = _stepper(state, config, replay)
+    return _Kind(partial(run_on, batch), run_on, cost, state)
 
 
-def _stepper(state: TrainState, config: TrainConfig, batch: Batch, replay: int) -> Callable[[], None]:
+def _stepper(state: TrainState, config: TrainConfig, replay: int) -> Callable[[Batch], None]:
     num_done = 0
 
-    def step() -> None:
+    def step(batch: Batch) -> None:
         nonlocal num_done
         if replay > 1:
-            free_step(state, config, batch)
+            free_step(state, config, batch, Draw(0))
         else:
             standard_step(state, config, batch, Draw(0, 0, num_done), num_classes=_NUM_CLASSES)
         num_done += 1
@@ -188,8 +240,12 @@ def _stepper(state: TrainState, config: TrainConfig, batch: Batch, replay: int) 
     return step
 
 
+def _num_images(settings: Settings, device: torch.device) -> int:
+    return batch_size_of(settings.batch_size, device)
+
+
 def _batch(settings: Settings, device: torch.device) -> Batch:
-    batch_size = batch_size_of(settings.batch_size, device)
+    batch_size = _num_images(settings, device)
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, settings.img_size, settings.img_size, 3)
     x = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device).permute(0, 3, 1, 2)

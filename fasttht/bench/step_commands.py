@@ -27,6 +27,9 @@ def step(
     step_engine: Annotated[tuple[StepEngineName, ...], Many] = ("auto",),
     windows: int = 5,
     preset: str | None = None,
+    data: Path | None = None,
+    loader: Literal["turbo", "ffcv", "dali-cpu", "dali-gpu"] = "turbo",
+    workers: int = 0,
     cpu: bool = False,
     output: Path | None = None,
     compare: Path | None = None,
@@ -34,7 +37,7 @@ def step(
 ) -> int:
     """Measure training steps: what a THAT step and a free minibatch cost in clean steps, and where their time goes.
 
-    Same network, batch and update; images lie on the device. The last line of stdout is the report as JSON.
+    Same network, batch and update; images lie on the device, but with --data. The last line of stdout is the report.
 
     Parameters
     ----------
@@ -50,6 +53,13 @@ def step(
         Steps of each kind, in turn, after one to warm up; as many again, watched, for the phases.
     preset
         Also tell how many hours this preset would train on this device; the step measured must be its own.
+    data
+        Watch the phases of steps whose images are loaded from here, as by `train --data`, so that what they wait for
+        is seen. Default: no waiting.
+    loader
+        Decoder that loads them.
+    workers
+        Its threads; 0: one per core.
     cpu
         Stay on the CPU where there is a CUDA device too.
     output
@@ -63,6 +73,8 @@ def step(
         raise UsageError(f"--replay: expected 2 or more, got {replay}; 1 is no replay at all")
     check_positive({"--width": width, "--img-size": img_size, "--steps": steps, "--windows": windows})
     check_positive({"--batch-size": 1 if batch_size is None else batch_size})
+    if workers < 0:
+        raise UsageError(f"--workers: expected 0 (one per core) or more, got {workers}; drop it for the default")
     check_output(output)
     from fasttht import log
     from fasttht.bench import compare as comparison
@@ -78,7 +90,7 @@ def step(
     settings = Settings(
         arch=arch, stem=stem, width=width, batch_size=batch_size, img_size=img_size, steps=steps, replay=replay,
         engine=attack_engine, step_engines=tuple(dict.fromkeys(step_engine)),
-        windows=windows, cpu=cpu, trace=trace,
+        windows=windows, cpu=cpu, trace=trace, data=data, loader=loader, workers=workers,
     )  # fmt: skip
     old = comparison.open_report(compare, "step", described(settings), device_of(cpu))
     with log.console.status("bench step") as status:
@@ -145,8 +157,13 @@ def _show_steps(report: dict[str, Any]) -> None:
             for phase in phases
         ),
     )
-    for note in dict.fromkeys(f"{p['name'].replace('_', ' ')}: {p['note']}" for p in rows[0]["phases"] if "note" in p):
+    phases_with_notes = [phase for row in rows for phase in row["phases"] if "note" in phase]
+    for note in dict.fromkeys(f"{phase['name'].replace('_', ' ')}: {phase['note']}" for phase in phases_with_notes):
         log.say(note)
+    for row in rows:
+        if "attack_apart" in row:
+            parts = ", ".join(f"{phase['name']} {phase['ms']:,.1f}" for phase in row["attack_apart"] if phase["ms"])
+            log.say(f"{row['name']}, the attack without its graph, ms: {parts.replace('_', ' ')}")
     told = report["hours"]
     if told is not None:
         log.say(

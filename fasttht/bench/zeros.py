@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from fasttht.attacks.folded import FoldedNet
 from fasttht.bench.attack import Settings as Subject
-from fasttht.bench.attack import subject
+from fasttht.bench.attack import exact_gradient, subject
 from fasttht.bench.env import environment
 from fasttht.bench.windows import Progress
 
@@ -53,7 +53,8 @@ def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[
         ),
         device,
     )  # fmt: skip
-    exact = _gradient(FoldedNet(model, torch.float32), x, y, "sum", 1.0)
+    net = FoldedNet(model, torch.float32)
+    exact = exact_gradient(lambda images, classes: _gradient(net, images, classes, "sum", 1.0), x, y)
     rows = []
     for name in settings.dtypes:
         net = FoldedNet(model, DTYPES[name])

@@ -23,6 +23,7 @@ case "$*" in
   -c*) exit 0 ;;
   "- "*) PYTHONPATH={stub} exec {python} "$@" ;;
   *pytest*) exit 5 ;;
+  *"{slow}"*) while [ $# -gt 1 ]; do shift; done; echo '{{"bench": "made up in part"}}' >"$1.partial"; exit 124 ;;
   *"bench attack"*) echo "the attack broke"; exit 1 ;;
   *) while [ $# -gt 1 ]; do shift; done; echo '{{"bench": "made up"}}' >"$1" ;;
 esac
@@ -40,10 +41,10 @@ def check(out: Path, python: Path | str, *words: str) -> tuple[int, str, dict[st
     return done.returncode, done.stdout + done.stderr, report
 
 
-def pretender(folder: Path, *, gpu: bool) -> Path:
+def pretender(folder: Path, *, gpu: bool, slow: str = "none is") -> Path:
     (folder / "torch.py").write_text("raise ImportError('no torch')")
     path = folder / "python"
-    path.write_text(PRETENDER.format(python=sys.executable, stub=folder, blind=int(not gpu)))
+    path.write_text(PRETENDER.format(python=sys.executable, stub=folder, blind=int(not gpu), slow=slow))
     path.chmod(0o755)
     return path
 
@@ -77,6 +78,14 @@ def test_parts_that_all_run_end_with_0(tmp_path: Path) -> None:
     code, said, report = check(tmp_path / "out", pretender(tmp_path, gpu=True), "loader")
     assert code == 0, said
     assert [part.get("report") for part in report["parts"]] == [None, {"bench": "made up"}]
+
+
+def test_a_part_out_of_time_leaves_what_it_had_measured(tmp_path: Path) -> None:
+    code, _, report = check(tmp_path / "out", pretender(tmp_path, gpu=True, slow="bench load"), "loader")
+    assert code == 1
+    load = next(part for part in report["parts"] if part["name"] == "load")
+    assert load["exit"] == 124
+    assert load["partial_report"] == {"bench": "made up in part"}
 
 
 def test_the_limits_of_the_parts_fit_nine_minutes() -> None:

@@ -372,7 +372,7 @@ def test_an_error_of_our_own_is_a_bug_and_frees_the_cores(beton: Path, monkeypat
 def test_bench_alone_begins_with_the_loaders_in_few_windows_on_a_cpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def interrupted(settings: bench_load.Settings, progress: Callable[[str], None]) -> dict[str, Any]:
+    def interrupted(settings: bench_load.Settings, **_: object) -> dict[str, Any]:
         asked.append(settings)
         raise KeyboardInterrupt
 
@@ -386,11 +386,31 @@ def test_bench_alone_begins_with_the_loaders_in_few_windows_on_a_cpu(run: Run, m
 
 def test_made_up_images_are_called_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fasttht.pipelines.photographs._find", dict)
-    monkeypatch.setattr(bench_load, "photographs", lambda: photographs(8))
+    monkeypatch.setattr("fasttht.pipelines.photographs.photographs", lambda: photographs(8))
     code, out, err = run("bench", "load", *FEW, "synthetic")
     assert code == 0, err
     assert report_of(out)["data"]["source"] == "made-up"
     assert "the images are noise" in out
+
+
+def test_what_was_measured_before_an_end_by_force_is_kept(
+    run: Run, beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("bench", "load", "--data", beton, *FEW, "turbo", "--output", "rows.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_load, "_more", lambda *args: raise_(KeyboardInterrupt()))
+        code, _, err = run(*words)
+    assert code == 130
+    assert "rows.json.partial" in err
+    (row,) = json.loads(Path("rows.json.partial").read_text())["rows"]
+    assert row["name"] == "turbo"
+    assert row["img_per_s"] > 0
+    assert run(*words)[0] == 0
+    assert sorted(path.name for path in Path().glob("rows.json*")) == ["rows.json"]
+
+
+def raise_(error: BaseException) -> None:
+    raise error
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from fasttht import state
+from fasttht.attacks.engine import FoldedEngine
+from fasttht.attacks.pgd import Attacked
 from fasttht.bench import step as bench_step
+from fasttht.bench.feed import fed
 from fasttht.bench.phases import PHASES, Timeline, break_down, summarise, time_phases
+from fasttht.errors import UsageError
+from fasttht.pipelines.beton_write import write_beton
+from fasttht.pipelines.datasets import DigitsSamples
 from fasttht.regions import region
 
 CPU = torch.device("cpu")
+SETTINGS = bench_step.Settings(
+    arch="resnet18", stem="small", width=4, batch_size=4, img_size=8, steps=2, replay=2, engine="folded",
+    windows=1, step_engines=("eager",), cpu=True,
+)  # fmt: skip
 
 
 class FakeClock:
@@ -61,7 +75,10 @@ def test_jobs_are_watched_in_turn_and_shares_add_up() -> None:
         assert rows["attack_update"]["ms"] == 3000
         assert rows["attack_update"]["pct"] == pytest.approx(30)
         assert sum(row["pct"] for row in rows.values()) == pytest.approx(100)
-        assert (rows["data_wait"]["ms"], rows["data_wait"]["note"]) == (0, "0: the images lie on the device")
+        assert (rows["data_wait"]["ms"], rows["data_wait"]["note"]) == (
+            0,
+            "0: the images lie on the device; --data has them loaded",
+        )
 
 
 def test_a_region_that_nobody_expected_gets_a_row_of_its_own() -> None:
@@ -74,10 +91,7 @@ def kinds() -> Callable[..., dict[str, float]]:
     """Return the phases of one step of a small network."""
 
     def watch(objective: str, *, replay: int = 1, engine: str = "folded") -> dict[str, float]:
-        settings = bench_step.Settings(
-            arch="resnet18", stem="small", width=4, batch_size=4, img_size=8, steps=2, replay=2, engine=engine,
-            windows=1, step_engines=("eager",), cpu=True,
-        )  # fmt: skip
+        settings = dataclasses.replace(SETTINGS, engine=engine)
         return time_phases(bench_step._make_step(settings, objective, replay, "eager", CPU).run, CPU)[0]
 
     return watch
@@ -89,10 +103,71 @@ def test_the_phases_of_a_standard_step(kinds: Callable[..., dict[str, float]]) -
         "attack_update", "train_step", "train_forward", "train_backward", "optimizer", "bank", "other",
     }  # fmt: skip
     assert set(kinds("that")) == expected <= set(PHASES)
-    assert set(kinds("that", engine="fused")) == expected - {"attack_forward"}
+    assert set(kinds("that", engine="fused")) == expected
 
 
 def test_the_phases_of_a_free_minibatch_and_of_a_clean_step(kinds: Callable[..., dict[str, float]]) -> None:
     training = {"clean_encoder", "train_step", "train_forward", "train_backward", "optimizer", "bank", "other"}
     assert set(kinds("that", replay=2)) == training | {"attack_update"}
     assert set(kinds("clean")) == training
+
+
+def test_what_lies_ready_is_used_up_before_a_job_is_watched() -> None:
+    """A job that waits for its fourth call on, as one does whose images were loaded while others ran."""
+    clock, calls = FakeClock(), iter(range(99))
+
+    def job() -> None:
+        with region("data_wait"):
+            clock.now += 2 * (next(calls) >= 3)
+        clock.now += 6
+
+    found = break_down({"a": job}, CPU, windows=1, clock=clock, lead=3)["a"]["phases"][0]
+    assert (found["name"], found["ms"], found["pct"]) == ("data_wait", 2000, 25)
+    assert "note" not in found
+
+
+def test_steps_wait_for_images_that_are_loaded(tmp_path: Path) -> None:
+    split = DigitsSamples("train")
+    for name in ("train", "val"):
+        write_beton(tmp_path / f"{name}.beton", ((split.sample(i), int(split.labels[i])) for i in range(40)), 40)
+    settings = dataclasses.replace(SETTINGS, data=tmp_path, workers=1)
+    assert bench_step.described(settings)["data"] == str(tmp_path)
+    kind = bench_step._make_step(settings, "clean", 1, "eager", CPU)
+    rows = bench_step._watch({"clean": kind}, settings, CPU, print)["clean"]["phases"]
+    wait = next(row for row in rows if row["name"] == "data_wait")
+    assert wait["ms"] > 0
+    with (
+        pytest.raises(UsageError, match="the 40 training images, got 41"),
+        fed(tmp_path, CPU, 41, 8, decoder="turbo", workers=1),
+    ):
+        pass
+
+
+class Tape:
+    """Stands for the recorder of CUDA graphs: a replay is one piece, and nothing is named in it."""
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def record(self, run: Callable[[], Attacked]) -> tuple[Attacked, Callable[[], None]]:
+        return run(), lambda: None
+
+
+def test_an_attack_in_one_piece_is_watched_once_more_in_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*args: Any, **options: Any) -> FoldedEngine:
+        return FoldedEngine("fused", args[1], dtype=torch.float32, recorder=Tape(CPU))
+
+    monkeypatch.setattr(state, "build_engine", build)
+    kinds = {name: bench_step._make_step(SETTINGS, name, 1, "eager", CPU) for name in ("that", "clean")}
+    for kind in kinds.values():
+        for _ in range(2):
+            kind.run()
+    found = bench_step._watch(kinds, SETTINGS, CPU, print)
+    whole = {row["name"]: row for row in found["that"]["phases"]}
+    assert whole["attack"]["ms"] > 0
+    assert whole["attack_forward"]["ms"] == whole["attack_update"]["ms"] == 0
+    assert "one CUDA graph" in whole["attack"]["note"]
+    apart = {row["name"]: row["ms"] for row in found["that"]["attack_apart"]}
+    assert all(apart[f"attack_{part}"] > 0 for part in ("forward", "backward", "update"))
+    assert "attack_apart" not in found["clean"]
+    assert kinds["that"].graphed is not None  # and the recording is kept
