@@ -23,7 +23,7 @@ install() {
   install_system_packages
   ensure_torch
   # DALI runs on the CPU, and NVRTC compiles the kernels, without a driver.
-  pip_install "fasttht, its test tools, DALI and NVRTC" -c "$VENV/constraints.txt" -e ".[test,dali,cuda12]"
+  pip_install "fasttht, its test tools, DALI, NVRTC and what evaluation, plots and export need" -c "$VENV/constraints.txt" -e ".[test,dali,cuda12,eval,plots,onnx]"
   # ffcv declares opencv-python, whose files would overwrite those of opencv-python-headless, and a handful of
   # packages that only its benchmarks import. What "import ffcv" does import beside ours is on the next line.
   pip_install "ffcv's dependencies" -c "$VENV/constraints.txt" numba tqdm setuptools
@@ -41,4 +41,6 @@ if (($# == 0)); then
   "$VENV/bin/ruff" format --check --quiet .
 fi
 say "pytest${*:+ $*}"
+# A process for each core; the tests of a file stay together, for they share what it has trained.
+(($#)) || set -- -n "$(nproc)" --dist loadfile
 exec "$VENV/bin/pytest" "$@"
