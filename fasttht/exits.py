@@ -39,6 +39,10 @@ def code_of(error: BaseException, tokens: Sequence[str]) -> int | None:
         _say(error, f"memory: expected enough, got: {got}; lower --batch-size or --bank-size, or raise "
              "--grad-accum-steps")  # fmt: skip
         return 6
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):  # Python's words
+        _say(error, "threads: expected room for one more, got this machine's limit; lower --workers, or raise the "
+             "limit (ulimit -u)")  # fmt: skip
+        return 6
     if isinstance(error, KeyboardInterrupt):
         said = [_AFTER_A_STOP[words] for words in (" ".join(tokens[:2]), *tokens[:1]) if words in _AFTER_A_STOP]
         _say(error, f"stopped; {said[0] if said else 'nothing was kept; the same command begins anew'}")

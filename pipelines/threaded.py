@@ -82,12 +82,12 @@ class ThreadedDecoder:
         if not self._finalizer.alive:
             raise ValueError("decoder: expected an open one, got one that was closed")
         if not self._threads:
-            self._threads = [
-                threading.Thread(target=_work, args=self._arguments, name=f"fasttht-decode-{i}", daemon=True)
-                for i in range(self._workers)
-            ]
-            for thread in self._threads:
+            for i in range(self._workers):
+                thread = threading.Thread(
+                    target=_work, args=self._arguments, name=f"fasttht-decode-{i}", daemon=True
+                )
                 thread.start()
+                self._threads.append(thread)  # only those that run can be joined
         num = len(request.index)
         job = _ThreadedJob(request, self._memory)
         # At least two chunks for each thread, where there are enough samples.

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,6 +230,20 @@ def test_no_memory_is_one_line_and_6(run: Run, monkeypatch: pytest.MonkeyPatch, 
     code, _, err = run("train")
     assert (code, err.count("\n")) == (6, 1)
     assert err.startswith(f"fasttht: memory: expected enough, got: {str(error) or 'no room'}; lower --batch-size")
+
+
+def test_no_thread_is_one_line_and_6(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "fasttht-decode-1":  # the first of two decodes already
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    code, _, err = run("train", *SMALL, "--objective", "at", "--workers", "2", "--output", "run")
+    assert (code, err.splitlines()[-1].startswith("fasttht: threads: expected room for one more")) == (6, True), err
+    assert "Traceback" not in err
 
 
 def test_data_that_are_not_embedded_need_a_clean_encoder(run: Run) -> None:
