@@ -83,9 +83,7 @@ class ThreadedDecoder:
             raise ValueError("decoder: expected an open one, got one that was closed")
         if not self._threads:
             for i in range(self._workers):
-                thread = threading.Thread(
-                    target=_work, args=self._arguments, name=f"fasttht-decode-{i}", daemon=True
-                )
+                thread = threading.Thread(target=_work, args=self._arguments, name=f"fasttht-decode-{i}", daemon=True)
                 thread.start()
                 self._threads.append(thread)  # only those that run can be joined
         num = len(request.index)

@@ -8,6 +8,9 @@ addition is done by the convolution (`kernels.PackedConv`) and the mask alone is
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +20,10 @@ from fasttht import kernels
 from fasttht.attacks.folded import FoldedBlock, FoldedConv, FoldedNet
 from fasttht.regions import region
 
-# glibc gives memory in larger pieces than this back to the kernel at once, and the next such piece is all page faults.
-# That limit is 32 MiB; with half of it the heap is seldom trimmed either, also when other work runs in between.
-_LARGEST_BYTES = 16 << 20
+# On a CPU so many images are taken at a time that a layer's activation is not larger: then it is still in the cache
+# when the next layer reads it, and malloc does not give it back to the kernel (whose limit is 32 MiB) and take page
+# faults for it again. Deep layers, of small activations and large weights, are taken with all images.
+_LARGEST_BYTES = 7 << 20
 
 
 class FusedGradient:
@@ -37,42 +41,17 @@ class FusedGradient:
         grad = kernels.image_grad(self.laid_out(pixels, y, layout), layout)
         return grad.to(x.dtype) / kernels.per_channel(self._net.std, x)
 
+    @torch.no_grad()
     def laid_out(self, pixels: Tensor, y: Tensor, layout: kernels.Layout) -> Tensor:
         """Return the gradient with respect to the network's own input, laid out like it."""
-        pieces = math.ceil(len(pixels) / _images_at_once(self._net, pixels, layout))
-        if pieces <= 1:
-            return self._gradient(pixels, y, layout)
-        cut = zip(pixels.chunk(pieces), y.chunk(pieces), strict=True)
-        return torch.cat([self._gradient(*piece, layout) for piece in cut])
-
-    @torch.no_grad()
-    def _gradient(self, pixels: Tensor, y: Tensor, layout: kernels.Layout) -> Tensor:
-        net = self._net
-        stem = net.stem.plan_by_hand(layout)
-        kept: list[tuple[FoldedBlock, list[Tensor]]] = []
-        with region("attack_forward"):
-            first = stem.forward(pixels).to(net.dtype)
-            h, places = first, None
-            if net.maxpool:
-                h, places = F.max_pool2d(first, kernel_size=3, stride=2, padding=1, return_indices=True)
-            for block in net.blocks:
-                assert isinstance(block, FoldedBlock), "a folded network is made of them"
-                inputs = [h]
-                *inner, last = _convs(block)
-                for conv in inner:
-                    inputs.append(conv.by_hand.forward(inputs[-1]))
-                skip = h if block.shortcut is None else block.shortcut.by_hand.forward(h, relu=False)
-                h = last.by_hand.forward(inputs[-1], skip)
-                kept.append((block, inputs))
+        h, done = pixels, list[tuple[_Section, list[list[_Saved]]]]()
+        for section in _sections(self._net, pixels, layout):
+            h, saved = section.forward(h)
+            done.append((section, saved))
         grad = self._head_gradient(h, y)
-        while kept:
-            grad = _block_gradient(*kept.pop(), grad)
-        with region("attack_backward"):
-            if places is not None:
-                grad = torch.ops.aten.max_pool2d_with_indices_backward(
-                    grad, first, [3, 3], [2, 2], [1, 1], [1, 1], False, places
-                )
-            grad, _ = stem.input_gradient(grad.to(pixels.dtype), pixels)
+        while done:
+            section, saved = done.pop()
+            grad = section.gradient(saved, grad)
         return grad
 
     @region("attack_backward")
@@ -86,42 +65,156 @@ class FusedGradient:
         return torch.where(h > 0, spread, 0)
 
 
-def _images_at_once(net: FoldedNet, pixels: Tensor, layout: kernels.Layout) -> int:
-    """Return how many images are taken at a time: all of them, or so many on a CPU that no activation is too large.
+# What a part keeps of its forward for its gradient.
+_Saved = list[Tensor]
 
-    One image's gradient does not depend on the others. The largest activations are the stem's and the first block's.
-    """
-    block = net.blocks[0]
-    assert isinstance(block, FoldedBlock), "a folded network is made of them"
+
+class _Part(Protocol):
+    """The stem or a block. Its gradient is with respect to what the ReLU or max-pool below it was applied to."""
+
+    def forward(self, h: Tensor) -> tuple[Tensor, _Saved]: ...
+
+    def gradient(self, saved: _Saved, grad: Tensor) -> Tensor:
+        """May overwrite grad, and empties `saved`."""
+        ...
+
+    def shapes(self, shape: torch.Size) -> list[tuple[int, ...]]:
+        """Return the shapes of one image's activations, (C, H, W), from the input's on; the last is the output's."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Section:
+    """Parts that take equally many images at a time. One image's gradient does not depend on the others."""
+
+    parts: list[_Part]
+    images: int
+
+    @region("attack_forward")
+    def forward(self, h: Tensor) -> tuple[Tensor, list[list[_Saved]]]:
+        """Return the output for all images, and what each piece of them saved in each part."""
+        outputs, saved = [], []
+        for piece in self._cut(h):
+            out, own = piece, list[_Saved]()
+            for part in self.parts:
+                out, kept = part.forward(out)
+                own.append(kept)
+            outputs.append(out)
+            saved.append(own)
+        return _joined(outputs), saved
+
+    @region("attack_backward")
+    def gradient(self, saved: list[list[_Saved]], grad: Tensor) -> Tensor:
+        """Return the gradient at the input of `forward`; may overwrite grad, and empties `saved`."""
+        found = []
+        for piece, own in zip(self._cut(grad), saved, strict=True):
+            out = piece
+            for part in reversed(self.parts):
+                out = part.gradient(own.pop(), out)
+            found.append(out)
+        return _joined(found)
+
+    def _cut(self, whole: Tensor) -> tuple[Tensor, ...]:
+        return whole.chunk(math.ceil(len(whole) / self.images)) if len(whole) > self.images else (whole,)
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _sections(net: FoldedNet, pixels: Tensor, layout: kernels.Layout) -> list[_Section]:
+    """Cut the network into sections: one, or on a CPU as many as let no activation be larger than the limit."""
+    parts: list[_Part] = [_Stem(net, layout)]
+    for block in net.blocks:
+        assert isinstance(block, FoldedBlock), "a folded network is made of them"
+        parts.append(_Block(block))
     if not pixels.is_cpu:
-        return max(1, len(pixels))
-    weight, stride, padding = net.stem.plan(layout)
-    sides = zip(pixels.shape[2:], weight.shape[2:], stride, padding, strict=True)
-    places = math.prod((side + 2 * pad - kernel) // step + 1 for side, kernel, step, pad in sides)
-    below_pool = _convs(block)[-1].weight.shape[0] / (4 if net.maxpool else 1)
-    size = max(len(weight), below_pool) * places * weight.element_size()
-    return max(1, int(_LARGEST_BYTES / size))
+        return [_Section(parts, max(1, len(pixels)))]
+    sections: list[_Section] = []
+    shape = pixels.shape[1:]
+    for part in parts:
+        seen = part.shapes(shape)
+        size = max(map(math.prod, seen)) * pixels.element_size()
+        images = min(max(1, len(pixels)), max(1, _LARGEST_BYTES // size))
+        if not sections or sections[-1].images != images:
+            sections.append(_Section([], images))
+        sections[-1].parts.append(part)
+        shape = torch.Size(seen[-1])
+    return sections
 
 
-@region("attack_backward")
-def _block_gradient(block: FoldedBlock, inputs: list[Tensor], grad: Tensor) -> Tensor:
-    """Return the gradient before the ReLU below a block, whose output is the block's input; grad may be overwritten.
+class _Stem:
+    """The first convolution with its ReLU, and the max-pool if there is one."""
 
-    A max-pool between the two changes nothing: where its output is 0, so is the place that it was taken from.
-    """
-    convs = _convs(block)
-    inner = grad
-    for i in reversed(range(1, len(inputs))):
-        inner, _ = convs[i].by_hand.input_gradient(inner, inputs[i])
-        kernels.drelu_add_(inner, None, inputs[i])
-    if block.shortcut is None:
-        found, rest = convs[0].by_hand.input_gradient(inner, inputs[0], grad)
-    else:
-        found, _ = convs[0].by_hand.input_gradient(inner, inputs[0])
-        found, rest = block.shortcut.by_hand.input_gradient(grad, inputs[0], found)
-    kernels.drelu_add_(found, rest, inputs[0])
-    return found
+    def __init__(self, net: FoldedNet, layout: kernels.Layout) -> None:
+        self._conv = net.stem.plan_by_hand(layout)
+        self._plan = net.stem.plan(layout)
+        self._maxpool, self._dtype = net.maxpool, net.dtype
+
+    def forward(self, h: Tensor) -> tuple[Tensor, _Saved]:
+        first = self._conv.forward(h).to(self._dtype)
+        if not self._maxpool:
+            return first, [h]
+        out, places = F.max_pool2d(first, kernel_size=3, stride=2, padding=1, return_indices=True)
+        return out, [h, first, places]
+
+    def gradient(self, saved: _Saved, grad: Tensor) -> Tensor:
+        pixels, *pooled = saved
+        saved.clear()
+        if pooled:
+            grad = torch.ops.aten.max_pool2d_with_indices_backward(
+                grad, pooled[0], [3, 3], [2, 2], [1, 1], [1, 1], False, pooled[1]
+            )
+        found, _ = self._conv.input_gradient(grad.to(pixels.dtype), pixels)
+        return found
+
+    def shapes(self, shape: torch.Size) -> list[tuple[int, ...]]:
+        first = _out_shape(shape, *self._plan)
+        pooled = (first[0], *((side + 1) // 2 for side in first[1:]))
+        return [tuple(shape), first, pooled] if self._maxpool else [tuple(shape), first]
 
 
-def _convs(block: FoldedBlock) -> list[FoldedConv]:
-    return [conv for conv in block.convs if isinstance(conv, FoldedConv)]
+def _out_shape(shape: Sequence[int], weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[int, ...]:
+    """Return (O, H', W') of a convolution of an image (I, H, W)."""
+    sides = zip(shape[1:], weight.shape[2:], stride, padding, strict=True)
+    return (len(weight), *((side + 2 * pad - kernel) // step + 1 for side, kernel, step, pad in sides))
+
+
+class _Block:
+    """A residual block."""
+
+    def __init__(self, block: FoldedBlock) -> None:
+        self._convs = [conv for conv in block.convs if isinstance(conv, FoldedConv)]
+        self._shortcut = block.shortcut
+
+    def forward(self, h: Tensor) -> tuple[Tensor, _Saved]:
+        inputs = [h]
+        *inner, last = self._convs
+        for conv in inner:
+            inputs.append(conv.by_hand.forward(inputs[-1]))
+        skip = h if self._shortcut is None else self._shortcut.by_hand.forward(h, relu=False)
+        return last.by_hand.forward(inputs[-1], skip), inputs
+
+    def gradient(self, saved: _Saved, grad: Tensor) -> Tensor:
+        """Return the gradient before the ReLU below, whose output is the block's input.
+
+        A max-pool between the two changes nothing: where its output is 0, so is the place that it was taken from.
+        """
+        inner = grad
+        while len(saved) > 1:
+            inner, _ = self._convs[len(saved) - 1].by_hand.input_gradient(inner, saved[-1])
+            kernels.drelu_add_(inner, None, saved.pop())
+        first, h = self._convs[0].by_hand, saved.pop()
+        if self._shortcut is None:
+            found, rest = first.input_gradient(inner, h, grad)
+        else:
+            found, _ = first.input_gradient(inner, h)
+            found, rest = self._shortcut.by_hand.input_gradient(grad, h, found)
+        kernels.drelu_add_(found, rest, h)
+        return found
+
+    def shapes(self, shape: torch.Size) -> list[tuple[int, ...]]:
+        found = [tuple(shape)]
+        for conv in self._convs:
+            found.append(_out_shape(found[-1], conv.weight, conv.stride, conv.padding))
+        return found
