@@ -23,8 +23,8 @@ from fasttht.kernels.convs import conv_add_relu, conv_relu
 # Negative values times this do not matter in any sum, and the ReLU's backward tests for out <= 0.
 _LEAK = 1e-30
 
-# Packed weights are made for one size of image, of which a run has few. Any number of images is right, but the layout is
-# the best for that of the first call: of 14 x 14 pixels eight images took 1.6 times as long with weights packed for one.
+# Packed weights are made for one size of image, of which a run has few. Any number of images is right, but the layout
+# is the best for the first call's: eight of 14 x 14 pixels took 1.6 times as long with weights packed for one image.
 _KEPT_SIZES = 2
 
 Pair = tuple[int, int]

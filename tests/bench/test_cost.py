@@ -112,7 +112,9 @@ def test_the_machines_best_is_measured_on_a_cpu() -> None:
     assert copy["buffer_mb"] == pytest.approx(0.1)
     peak = arithmetic_peak(cpu, windows=3, side=16)
     assert peak["tflops"] > 0
-    assert peak["source"] == "measured product of 16 x 16, float32"
+    assert peak["source"] in (
+        "measured product of 16 x 16, float32", "measured convolution, 3 x 3, 4 channels of 28 x 28, float32",
+    )  # fmt: skip
     assert cache_bytes(cpu) >= 2**16
 
 
