@@ -28,8 +28,11 @@ install() {
   # packages that only its benchmarks import. What "import ffcv" does import beside ours is on the next line.
   pip_install "ffcv's dependencies" -c "$VENV/constraints.txt" numba tqdm setuptools
   pip_install "ffcv (built from source)" -c "$VENV/constraints.txt" --no-deps ffcv
-  # Without its dependencies: it would replace torch by the one it was built with.
-  pip_install "torchvision (only tests use it)" -c "$VENV/constraints.txt" --no-deps torchvision
+  # Without their dependencies: torchvision would replace torch by the one it was built with, and torchattacks
+  # wants a requests of 2020.
+  pip_install "what the other attacks import" -c "$VENV/constraints.txt" eagerpy GitPython requests
+  pip_install "torchvision and other attacks (only tests use them)" -c "$VENV/constraints.txt" --no-deps \
+    torchvision torchattacks foolbox
 }
 
 say "fasttht: every check (ruff, mypy, pytest), in $VENV"
