@@ -32,6 +32,7 @@ from fasttht.memory import Watch, at_once, eval_advice, step_advice
 from fasttht.metrics import Clock
 from fasttht.pipelines.loader import Loader
 from fasttht.pipelines.splits import Splits, open_splits
+from fasttht.precision import fastest_kernels
 from fasttht.protocols import Feed, State
 from fasttht.regions import waited_for
 from fasttht.resuming import META_VERSION, digest_of, find_checkpoint, read_meta, take_over
@@ -119,6 +120,7 @@ class Loop(ABC, Generic[Item]):
                 self.folder.note_resume("auto")
             return row
 
+    @fastest_kernels()
     def _train(self, stop: Stop, stop_at: int | None) -> bool:
         """Take the steps that are left; return whether the run's last one is among them."""
         begun = self.resumed

@@ -21,6 +21,7 @@ from fasttht.moco import MocoState, build_encoder, check_groups, finished, moco_
 from fasttht.models.clean_encoder import CleanEncoder
 from fasttht.pipelines.loader import Batch, Loader
 from fasttht.pipelines.splits import Splits
+from fasttht.precision import full_precision
 from fasttht.pretrain_config import PretrainConfig
 from fasttht.schedule import CosineSchedule, LearningRate, Schedule
 
@@ -159,6 +160,7 @@ class Pretrainer(Loop[tuple[Batch, Batch]]):
             "wait": f"{timing['data_wait_pct']:.0f}%",
         }
 
+    @full_precision()
     def _evaluate(self, kind: str) -> dict[str, Any]:
         encoder = finished(self.state)
         try:

@@ -21,9 +21,7 @@ from fasttht.metrics import figures, means
 from fasttht.models.two_head import CosineClassifier
 from fasttht.pipelines.loader import Batch, Loader
 from fasttht.pipelines.splits import Splits
-from fasttht.precision import fastest_kernels
 from fasttht.resolve import passes
-from fasttht.signals import Stop
 from fasttht.state import TrainState
 from fasttht.steps import free_step, standard_step
 from fasttht.traits import TRAITS
@@ -103,10 +101,6 @@ class Trainer(Loop[Batch]):
         if self.resumed:
             lines.append(f"resuming {self.folder.path} after step {self.state.step} of {self.total_steps}")
         return "\n".join(lines)
-
-    def _train(self, stop: Stop, stop_at: int | None) -> bool:
-        with fastest_kernels():
-            return super()._train(stop, stop_at)
 
     def _step(self, item: Batch) -> None:
         draw = Draw(self.config.run.seed, self.loader.epoch, self.state.step)

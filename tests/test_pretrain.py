@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fasttht import checkpoint, cli, train
+from fasttht import checkpoint, cli, pretrain, train
 from fasttht.attacks.pgd import Draw
 from fasttht.augment import Recipe, augment_batch
 from fasttht.config_file import PRETRAIN, preset_names, read_preset
@@ -69,6 +69,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
     assert Pretrainer(config_of(run)).fit() is not None
     return run
+
+
+def test_cudnn_searches_in_steps_and_never_in_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, bool]] = []
+    for name in ("moco_step", "encoded"):
+        function = getattr(pretrain, name)
+
+        def watched(*args: Any, _name: str = name, _function: Any = function, **options: Any) -> Any:
+            seen.append((_name, torch.backends.cudnn.benchmark))
+            return _function(*args, **options)
+
+        monkeypatch.setattr(pretrain, name, watched)
+    Pretrainer(config_of(tmp_path / "run")).fit()
+    assert set(seen) == {("moco_step", True), ("encoded", False)}
 
 
 def test_resume_at_every_step_equals_the_uninterrupted_run(whole: Path, tmp_path: Path) -> None:
