@@ -102,6 +102,34 @@ def backward_share(job: Job) -> float:
     return 2 * job.step.replay / passes
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """What the ranks of one step exchange, in seconds: `bucket` for one of `buckets` of every backward's gradients,
+    `rest` for the clean features and the BN statistics at the end."""
+
+    bucket: float
+    buckets: int
+    rest: float
+
+    def seconds(self, rounds: int) -> float:
+        """Return the time on the wire of a step with so many backwards, hidden or not."""
+        return rounds * self.buckets * self.bucket + self.rest
+
+
+def exchange(job: Job, machine: Machine, nodes: int) -> Exchange:
+    """Return what a step over `nodes` nodes exchanges."""
+    model = network(job.arch)
+    gradients = 4 * sum(p.numel() for p in model.parameters())
+    statistics = 4 * sum(b.numel() for b in model.buffers())
+    features = job.images * (4 * FEAT_DIM + 8)
+    buckets = max(1, math.ceil(gradients / BUCKET_BYTES))
+    if nodes * machine.gpus == 1:
+        return Exchange(0.0, buckets, 0.0)
+    # Features are gathered and not summed: half of a sum's way.
+    rest = sum_seconds(statistics, machine, nodes) + sum_seconds(features / 2, machine, nodes)
+    return Exchange(sum_seconds(gradients / buckets, machine, nodes), buckets, rest)
+
+
 def simulate(job: Job, machine: Machine, nodes: int, *, steps: int = 200, spread: float = 0.02, seed: int = 0) -> float:
     """Return the mean seconds of a step over `nodes` nodes; each rank's compute varies by `spread` from step to step.
 
@@ -111,13 +139,7 @@ def simulate(job: Job, machine: Machine, nodes: int, *, steps: int = 200, spread
     ranks = nodes * machine.gpus
     images = job.images / ranks
     rng = np.random.default_rng(seed)
-    model = network(job.arch)
-    gradient_bytes = 4 * sum(p.numel() for p in model.parameters())
-    statistics = 4 * sum(b.numel() for b in model.buffers())
-    features = job.images * (4 * FEAT_DIM + 8)
-    buckets = max(1, math.ceil(gradient_bytes / BUCKET_BYTES))
-    one = sum_seconds(gradient_bytes / buckets, machine, nodes)
-    rest = sum_seconds(statistics, machine, nodes) + sum_seconds(features / 2, machine, nodes)
+    sent = exchange(job, machine, nodes)
     base, share, rounds = compute_seconds(job, machine, math.ceil(images)), backward_share(job), job.step.replay
     total = 0.0
     for _ in range(steps):
@@ -126,11 +148,11 @@ def simulate(job: Job, machine: Machine, nodes: int, *, steps: int = 200, spread
             times = base / rounds * np.maximum(1 + spread * rng.standard_normal(ranks), 0.5)
             begin = times * (1 - share)  # of the backward
             free = 0.0
-            for bucket in range(buckets):
-                ready = start + float((begin + (times - begin) * (bucket + 1) / buckets).max())
-                free = max(free, ready) + (one if ranks > 1 else 0.0)
+            for bucket in range(sent.buckets):
+                ready = start + float((begin + (times - begin) * (bucket + 1) / sent.buckets).max())
+                free = max(free, ready) + sent.bucket
             start = free
-        total += start + rest
+        total += start + sent.rest
     return total / steps
 
 
@@ -181,6 +203,7 @@ def largest_batch(job: Job, machine: Machine) -> int:
 def scale(job: Job, machine: Machine, gpus: int) -> dict[str, Any]:
     """Return one row: what `gpus` GPUs reach together, and what they ask of memory, network and loader.
 
+    compute_ms: of a step that waits for nothing; network_ms: on the wire, mostly behind a backward.
     efficiency_pct: against as many GPUs that never wait. loader_img_per_s: distinct images that one node trains on.
     parts: micro-batches that a rank's share of the batch must be cut into, to fit.
     """
@@ -191,6 +214,7 @@ def scale(job: Job, machine: Machine, gpus: int) -> dict[str, Any]:
     fits = largest_batch(job, machine)
     return {
         "gpus": gpus, "img_per_s": job.images / seconds, "ms": 1e3 * seconds,
+        "compute_ms": 1e3 * alone, "network_ms": 1e3 * exchange(job, machine, nodes).seconds(job.step.replay),
         "efficiency_pct": 100 * alone / seconds, "images_per_gpu": images,
         "parts": math.ceil(images / fits) if fits else None,
         "loader_img_per_s": job.images / seconds / nodes,

@@ -25,8 +25,9 @@ KINDS = {
     "free, 4 replays": (Step(that=True, replay=4), 2048),
 }
 ARCHS = ("resnet50", "resnet101", "resnet152")
+MEMORY_IMAGES = (16, 32, 64, 128, 256, 512)
 # One core of docs/results/load-cpu.json: 500 x 375 JPEGs of 49 kB to 224 pixels.
-CORE_IMG_PER_S = 1045
+CORE_IMG_PER_S = 1480
 
 
 def scaling_rows(machine: str, gpus: tuple[int, ...] = GPUS) -> list[dict[str, Any]]:
@@ -61,14 +62,17 @@ def document(rows: list[dict[str, Any]], machine: str) -> str:
         "## Speed",
         _paragraph(f"""
             Global batch 4096 for PGD-10, 2048 for free training, split evenly; efficiency against GPUs that never
-            wait. Loader: distinct images that one node has to deliver, and the cores that this would keep busy at
-            {CORE_IMG_PER_S:,} a second and core (`turbo`, 49 kB images; ImageNet's are twice as large).
+            wait. Compute: ms of a step that waits for nothing; network: ms on the wire, of which a backward hides what
+            it can; step: ms of both, with ranks that differ. Loader: distinct images that one node has to deliver, and
+            the cores that this would keep busy at {CORE_IMG_PER_S:,} a second and core (`turbo`, 49 kB images;
+            ImageNet's are twice as large).
         """),
         _table(
-            ("network", "training", "GPUs", "img/s", "efficiency %", "images a GPU", "micro-batches", "loader img/s",
-             "cores"),
+            ("network", "training", "GPUs", "img/s", "efficiency %", "compute", "network", "step", "images a GPU",
+             "micro-batches", "loader img/s", "cores"),
             [
                 (row["arch"], row["kind"], row["gpus"], f"{row['img_per_s']:,.0f}", f"{row['efficiency_pct']:.0f}",
+                 *(f"{row[key]:,.0f}" for key in ("compute_ms", "network_ms", "ms")),
                  row["images_per_gpu"], row["parts"] or "none fits", f"{row['loader_img_per_s']:,.0f}",
                  f"{row['loader_img_per_s'] / CORE_IMG_PER_S:.1f}")
                 for row in rows
@@ -76,11 +80,11 @@ def document(rows: list[dict[str, Any]], machine: str) -> str:
         ),
         "## Memory of one GPU",
         _paragraph("""
-            GiB for 128 images at a time: weights, gradients, momentum, half-precision copies, clean encoder, a bank of
+            GiB by images at a time: weights, gradients, momentum, half-precision copies, clean encoder, a bank of
             32768; and the half-precision activations that the backward waits for. Gradients in flight and workspaces
             come on top: 2 GiB are kept free of the largest batch (a power of two).
         """),
-        _table(("network", "training", "fixed", "activations", "largest batch"), list(_memory_cells(machine))),
+        _table(("network", "training", *MEMORY_IMAGES, "largest batch"), list(_memory_cells(machine))),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -93,21 +97,20 @@ def _example(rows: list[dict[str, Any]], machine: str) -> str:
     steps = 100 * (IMAGENET_IMAGES // job.images)
     return _paragraph(f"""
         100 epochs of ResNet-152, PGD-10, batch 4096 on 32 GPUs: 128 images a GPU. One GPU alone would take
-        {1e3 * alone:,.0f} ms a step, 32 take {row["ms"]:,.0f} ms ({row["efficiency_pct"]:.0f} %): what is lost goes to
-        the slowest rank and to the last buckets of the gradients. {steps:,} steps are
-        {steps * row["ms"] / 3.6e6:,.1f} hours; evaluation and checkpoints come on top. Each node reads
-        {row["loader_img_per_s"]:,.0f} images a second, {row["loader_img_per_s"] / CORE_IMG_PER_S:.1f} cores of the
-        loader. The paper does not give its hours.
+        {1e3 * alone:,.0f} ms a step, 32 take {row["ms"]:,.0f} ms ({row["efficiency_pct"]:.0f} %), of which
+        {row["network_ms"]:,.0f} ms are on the wire if nothing hides them: what is lost goes to the slowest rank and to
+        the last buckets of the gradients. {steps:,} steps are {steps * row["ms"] / 3.6e6:,.1f} hours; evaluation and
+        checkpoints come on top. Each node reads {row["loader_img_per_s"]:,.0f} images a second,
+        {row["loader_img_per_s"] / CORE_IMG_PER_S:.1f} cores of the loader. The paper does not give its hours.
     """)
 
 
 def _memory_cells(machine: str) -> Iterator[tuple[object, ...]]:
     for arch in ARCHS:
-        for kind, (step, images) in KINDS.items():
-            job = Job(arch, step, images)
-            found = memory_gib(job, 128)
-            fits = largest_batch(job, MACHINES[machine])
-            yield arch, kind, f"{found['fixed']:.2f}", f"{found['activations']:.2f}", fits
+        for kind, (step, batch) in KINDS.items():
+            job = Job(arch, step, batch)
+            found = [sum(memory_gib(job, images).values()) for images in MEMORY_IMAGES]
+            yield arch, kind, *(f"{gib:.1f}" for gib in found), largest_batch(job, MACHINES[machine])
 
 
 def _paragraph(text: str) -> str:

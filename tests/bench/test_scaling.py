@@ -11,7 +11,16 @@ from fasttht import cli
 from fasttht.bench import scaling, scaling_doc
 from fasttht.bench.cost import Step
 from fasttht.bench.ladder import _sizes
-from fasttht.bench.scaling import MACHINES, Job, compute_seconds, largest_batch, memory_gib, simulate, sum_seconds
+from fasttht.bench.scaling import (
+    MACHINES,
+    Job,
+    compute_seconds,
+    exchange,
+    largest_batch,
+    memory_gib,
+    simulate,
+    sum_seconds,
+)
 
 PGD = Step(that=True, attack_steps=10, engine="folded")
 FREE = Step(that=True, replay=4)
@@ -44,6 +53,18 @@ def test_free_training_pays_its_sums_at_every_replay() -> None:
     assert free / pgd == pytest.approx(4, rel=0.02)
 
 
+def test_what_is_on_the_wire_is_gradients_each_replay_and_statistics_once() -> None:
+    job = Job("resnet50", FREE, 512)
+    model = scaling.network("resnet50")
+    gradients = 4 * sum(p.numel() for p in model.parameters())
+    statistics = 4 * sum(b.numel() for b in model.buffers())
+    features = 512 * (4 * 128 + 8)
+    near = replace(V100, latency_us=0)
+    bytes_ = 4 * gradients + statistics + features / 2
+    assert exchange(job, near, 4).seconds(4) == pytest.approx(sum_seconds(bytes_, near, 4))
+    assert exchange(job, replace(near, gpus=1), 1).seconds(4) == 0
+
+
 def test_activations_are_convolution_outputs_and_what_follows_a_relu() -> None:
     outputs, with_relu, _, sums, pool = _sizes("resnet50", 224, 64)
     expected = outputs + with_relu + sums + pool // 4  # the max-pool's output is a quarter of its input
@@ -67,6 +88,7 @@ def test_document_holds_every_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     rows = [
         {
             "arch": arch, "kind": kind, "machine": "v100", "gpus": 32, "img_per_s": 1000.0 + i, "ms": 100.0,
+            "compute_ms": 91.0, "network_ms": 23.0,
             "efficiency_pct": 90.0, "images_per_gpu": 128, "parts": 1, "loader_img_per_s": 250.0,
         }
         for i, (arch, kind) in enumerate((a, k) for a in ("resnet50", "resnet152") for k in scaling_doc.KINDS)
@@ -74,5 +96,6 @@ def test_document_holds_every_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert cli.run(["bench", "scale", "--write", str(tmp_path / "s.md"), "--output", str(tmp_path / "s.json")]) == 0
     text = (tmp_path / "s.md").read_text()
     assert all(f"| {row['img_per_s']:,.0f} |" in text for row in rows)
+    assert text.count("| 91 | 23 | 100 |") == len(rows)
     assert "not a measurement" in text
     assert cli.run(["bench", "scale", "--write", "missing/folder/s.md"]) == 2
