@@ -20,10 +20,10 @@ ERRORS = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.EACCES, errno.EDQUOT)
 
 
 def disk(number: int, at: Context) -> str:
-    mode = list(runs.MODES)[number % 2]
+    mode = list(runs.MODES)[number // 4 % 2]
     base = runs.baseline(mode, at.shared)
     run, draw = at.folder / "run", random.Random(number)
-    begun = AT if number % 6 else 0  # a fresh folder now and then
+    begun = AT if number // 8 % 3 else 0  # a third begins in a fresh folder, by every fault in either mode
     runs.begin_from(base, begun, run)
     before = checkpoint.listing(run)
     words = runs.command(mode, run)

@@ -52,10 +52,8 @@ def _bank(state: TrainState, value: float) -> None:
 
 
 def _delta(state: TrainState, value: float) -> None:
-    if state.delta is None:
-        _gradient(state, value)
-    else:
-        state.delta.value[2] = value
+    assert state.delta is not None
+    state.delta.value[2] = value
 
 
 PLACES: dict[str, Callable[[TrainState, float], None]] = {
@@ -78,11 +76,14 @@ def nan(number: int, at: Context) -> str:
     """Poison one step (the first 36), or every step under a float16 scaler, or a run by its learning rate."""
     if number >= 36:
         return _storm(number, at)
-    mode = list(runs.MODES)[number % len(runs.MODES)]
+    turn = number // len(PLACES)
+    mode = list(runs.MODES)[turn % len(runs.MODES)]
     base = runs.baseline(mode, at.shared)
     run = at.folder / "run"
-    name = list(PLACES)[number // 4 % len(PLACES)]
-    value, poisoned = BAD[number // 3 % len(BAD)], 41 + number % 9
+    name = list(PLACES)[number % len(PLACES)]
+    if name == "delta" and not mode.startswith("free"):
+        name = "gradient"
+    value, poisoned = BAD[(turn + turn // len(BAD)) % len(BAD)], 41 + number % 9
     if value == 3e38 and name != "gradient":
         value = BAD[0]
     runs.begin_from(base, 40, run)

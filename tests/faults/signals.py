@@ -12,19 +12,21 @@ from tests.faults.case import Context, Kind
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 AT_MOMENTS, TIMED = 70, 30
 # Moments inside of these are drawn more often than their number would have it.
-PLACES = ("enter train_forward", "enter attack_update", "batch", "save", "tensors", "fsync", "SGD", "open", "")
+PLACES = (
+    "enter train_forward", "enter attack_update", "batch", "save", "tensors", "fsync", "SGD", "open", "evaluation", "",
+)  # fmt: skip
 
 
 def stop(number: int, at: Context) -> str:
     """Signal a run at a moment (the first 70), or at a random time, and resume it."""
-    mode = list(runs.MODES)[number % len(runs.MODES)]
+    mode = list(runs.MODES)[(number + number // len(PLACES)) % len(runs.MODES)]  # each place meets each mode
     return f"{mode}: " + signalled(mode, number, at, timed=number >= AT_MOMENTS)
 
 
 def signalled(mode: str, number: int, at: Context, *, timed: bool) -> str:
     """Signal a mode's run, check that it ends as it should, and resume it."""
     base = runs.baseline(mode, at.shared)
-    run, sent = at.folder / "run", NUMBERS[number % 3]
+    run, sent = at.folder / "run", NUMBERS[number // len(PLACES) % len(NUMBERS)]
     words, draw = runs.command(mode, run), random.Random(number)
     expected = 130 if sent == signal.SIGINT else 75
     if timed:
