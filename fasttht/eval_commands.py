@@ -113,7 +113,7 @@ def evaluate(
         cpu, cuda or cuda:N; auto: cuda if there is one, else cpu.
     dist_timeout
         Of several processes: seconds that one may keep the others waiting, after which all end and name it. They wait
-        for each other after every batch, with AutoAttack after every chunk of 64 images.
+        for each other after every batch, with AutoAttack for up to two chunks of 64 images.
     """
     if not dist_timeout > 0:
         raise UsageError(f"--dist-timeout: expected a positive number of seconds, got {dist_timeout:g}")

@@ -71,6 +71,7 @@ class Loop(ABC, Generic[Item]):
         self._newest = None if found is None else self.folder.path / checkpoint.FOLDER / found
         world.agree("data", f"{self.splits.train.fingerprint} {self.splits.val.fingerprint}")
         self.resumed = self._newest is not None
+        self._begun = self.resumed
         self._rows: dict[str, int] = {}
         self._evaluation_due = False
         self._saved_at = time.monotonic()
@@ -123,16 +124,15 @@ class Loop(ABC, Generic[Item]):
     @fastest_kernels()
     def _train(self, stop: Stop, stop_at: int | None) -> bool:
         """Take the steps that are left; return whether the run's last one is among them."""
-        begun = self.resumed
         with log.Screen(self.title, self.total_steps, "steps", done=self.state.step) as screen:
             if self._evaluation_due:
                 self._maybe_evaluate()
             self.clock.restart()
             while self.loader.epoch < self.num_passes:
                 for item in self._items():
-                    if not begun:  # only now: data that cannot be read leave no run folder behind
+                    if not self._begun:  # only now: data that cannot be read leave no run folder behind
                         self._create()
-                        begun = True
+                        self._begun = True
                     self.world.at(self.state.step)
                     # Several ranks must stop after the same step. Asked before it and answered after it, this costs no
                     # time; a signal that comes in between stops them one step later.
@@ -182,7 +182,7 @@ class Loop(ABC, Generic[Item]):
                 with self._interruptible():
                     found = list(islice(items, 1))
             except Stopped as stopped:
-                if self.folder.exists():  # else nothing was trained yet
+                if self._begun:  # else nothing was trained yet, and rows there are those of a run before
                     self.save()
                 raise self._interrupted(stopped.signal) from None
             if not found:

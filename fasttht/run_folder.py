@@ -25,6 +25,7 @@ from fasttht import checkpoint
 from fasttht.config import TrainConfig
 from fasttht.config_file import AnyConfig, identity, stored, to_toml
 from fasttht.errors import CheckpointError, UsageError
+from fasttht.preemption import MARKER
 
 METRICS, TIMING, CONFIG = "metrics.jsonl", "timing.jsonl", "config.toml"
 # What --resume said, while a command runs that was told of a checkpoint, or to find none.
@@ -172,12 +173,17 @@ class RunFolder:
     def result(self, config: AnyConfig) -> dict[str, Any] | None:
         """Return the final row of a finished run of this configuration; None if it is to be trained, or continued.
 
+        What says that a finished run was preempted, at its very end, is removed: nothing is left to go on with.
+
         Raises: CheckpointError for another run's folder.
         """
         if not self.exists():
             return None
         self.check_same(config)
-        return self.final() if config.run.resume == "auto" else None
+        row = self.final() if config.run.resume == "auto" else None
+        if row is not None and (self.path / MARKER).exists():
+            (self.path / MARKER).unlink()
+        return row
 
     def best_step(self, steps: Collection[int]) -> int | None:
         """Return which of these steps had the best evaluation, None if none of them has had one.

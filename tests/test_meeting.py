@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fasttht import cli, evaluate, signals
+from fasttht import checkpoint, cli, evaluate, signals
 from fasttht.attacks import auto, losses
 from fasttht.build import build_model
 from fasttht.config_file import from_flat, read_preset
@@ -25,9 +25,11 @@ from fasttht.meeting import Meeting
 from fasttht.metrics import Meter
 from fasttht.pipelines.loader import Batch
 from fasttht.pipelines.producer import Producer
+from fasttht.preemption import MARKER
 from fasttht.resolve import resolve
 from fasttht.run_folder import RunFolder
 from fasttht.signals import Stop, Stopped
+from fasttht.train import Trainer
 from tests.ranks import commands, in_world
 
 TRAIN = [
@@ -110,6 +112,42 @@ def test_a_signal_ends_the_wait_for_data_with_the_step_before_it_saved(
     assert cli.run([*TRAIN, "--output", str(run)]) == 0
     assert "after step 2 of 3" in capsys.readouterr().out
     assert [row["step"] for row in RunFolder(run).rows()] == [1, 2, 3, 3]
+
+
+def test_rows_of_a_run_that_was_never_saved_are_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run dies before its first checkpoint; the next is told to stop before its first batch."""
+    plain, step, let_go, run = Producer._finish, Trainer._step, threading.Event(), tmp_path / "run"
+    monkeypatch.setattr("fasttht.pipelines.loader._END_S", 0.2)
+
+    def die() -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", calls(step, 2, die))
+        with pytest.raises(ZeroDivisionError):
+            cli.run([*TRAIN, "--output", str(run)])
+    assert [row["step"] for row in RunFolder(run).rows()] == [1]
+
+    def stuck() -> None:
+        terminate()
+        let_go.wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Producer, "_finish", calls(plain, 1, stuck))
+        assert cli.run([*TRAIN, "--output", str(run)]) == 75
+    let_go.set()
+    assert not checkpoint.listing(run)
+    assert cli.run([*TRAIN, "--output", str(run)]) == 0
+    assert [row["step"] for row in RunFolder(run).rows()] == [1, 2, 3, 3]
+
+
+def test_a_finished_run_is_not_said_to_be_preempted(tmp_path: Path) -> None:
+    """A signal at its very end leaves the file; a batch script that looks for it would start the run for ever."""
+    words = [*TRAIN, "--output", str(tmp_path)]
+    assert cli.run(words) == 0
+    (tmp_path / MARKER).write_text("another launch")
+    assert cli.run(words) == 0
+    assert not (tmp_path / MARKER).exists()
 
 
 # -- several ranks -------------------------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ def damage(number: int, at: Context) -> str:
     if both:
         for older in there[:-1]:
             flip(older / "state.json", draw)
+    both |= "swapped" in what and len(there) == 2  # where the newest is the best one too, the two are all there are
     words = runs.command(mode, run)
     if both:
         line = runs.one_line(runs.call(words, at.folder), 4)
