@@ -16,8 +16,8 @@ class Meeting:
     """A context in which `signals.check` raises Stopped, on no rank without all the others.
 
     parts: how many times all ranks meet, the largest number of parts of any; leaving meets as often as is left. lag:
-    how many parts a rank may be ahead of the slowest. A wait is for two parts of another rank at most, however far behind:
-    gloo runs two asks at a time, and counts the time of each from there.
+    how many parts a rank may be ahead of the slowest. A wait is for two parts of another rank at most, however many
+    there are: gloo runs two asks at a time, and counts the time of each from there.
 
     Raises: Stopped, on all ranks, from `meet` or when left.
     """

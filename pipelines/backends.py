@@ -16,8 +16,8 @@ from fasttht.pipelines.stages import Stages
 
 DECODERS = ("turbo", "ffcv", "dali-cpu", "dali-gpu", "synthetic")
 
-# Hardware JPEG engines came with A100 (8.0) and are in H100 (9.0) and B200 (10.x); the 8.6, 8.9 and 12.0 ones are
-# consumers' GPUs without one.
+# Hardware JPEG engines came with A100 (8.0) and are in H100 (9.0), B200 (10.0) and B300 (10.3); the
+# 8.6, 8.9 and 12.0 ones are consumers' GPUs without one.
 _JPEG_ENGINES = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 

@@ -121,10 +121,7 @@ class BetonFile:
         Raises: DataError naming the row.
         """
         mode, width, height, ptr = self._images[i].item()
-        try:
-            data = self._read(ptr, int(self._num_bytes[i]))
-        except DataError as error:
-            raise DataError(f"row {i}: {error}") from None
+        data = self._read(ptr, int(self._num_bytes[i]), row=i)
         if self.verified:
             expected, found = int(self._checksums[i]), zlib.crc32(data.data)
             if found != expected:
@@ -179,16 +176,24 @@ class BetonFile:
         except OSError as error:
             raise self._refusal("a readable file", str(error.strerror)) from None
 
-    def _read(self, start: int, size: int) -> Pixels:
-        """Read bytes into memory of their own. Raises: DataError if the file ends before, or the disk fails."""
+    def _read(self, start: int, size: int, row: int | None = None) -> Pixels:
+        """Read bytes into memory of their own, of a row or of what opening needs.
+
+        Raises: DataError, naming the row or the file, if the file ends before, or the disk fails.
+        """
+        where = f"{self.path}: " if row is None else f"row {row}: "
         data, done = np.empty(size, dtype=np.uint8), 0
         try:
             while done < size and (num := os.preadv(self._file, [data.data[done:]], start + done)):
                 done += num
         except OSError as error:
-            raise DataError(f"expected {size:,} bytes at {start}, got {error.strerror}; check the disk") from None
+            raise DataError(
+                f"{where}expected {size:,} bytes at {start}, got {error.strerror}; check the disk"
+            ) from None
         if done < size:
-            raise DataError(f"expected {size:,} bytes at {start}, got {done:,}; the file was cut, write it again")
+            raise DataError(
+                f"{where}expected {size:,} bytes at {start}, got {done:,}; the file was cut, write it again"
+            )
         return data
 
     def _read_header(self) -> tuple[np.void, _Rows]:

@@ -55,7 +55,7 @@ class Loader:
     depends on (seed, epoch, row) alone, takes its place; `report` is called once with a sentence about each bad row,
     and more than `max_bad` different ones are an error. Evaluation (a plan without augmentation) always raises.
 
-    stall_s: how many seconds without a batch mean that something is stuck. waiting: called about every second in which
+    stall_s: how many seconds without a batch mean that something is stuck. waiting: called every half second in which
     none has come; what it raises ends the epoch's iteration, between two batches.
 
     `wait_s` is the time the consumer has spent waiting for batches, in seconds; `stages` knows what the threads did.

@@ -22,7 +22,8 @@ from fasttht.regions import region
 
 # On a CPU so many images are taken at a time that a layer's activation is not larger: then it is still in the cache
 # when the next layer reads it, and malloc does not give it back to the kernel (whose limit is 32 MiB) and take page
-# faults for it again. Deep layers, of small activations and large weights, are taken with all images.
+# faults for it again. Deep layers, of small activations and large weights, are taken with all images; between the two
+# all images' activations lie side by side once.
 _LARGEST_BYTES = 7 << 20
 
 

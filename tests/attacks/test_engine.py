@@ -307,6 +307,19 @@ def test_layers_with_large_activations_take_few_images_at_a_time(
     assert gradient(x[:0], y[:0]).shape == (0, 3, 32, 32)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_pieces_of_unequal_size_may_use_the_same_packed_weights(monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
+    """And add to gradients that are slices of a whole batch's; in float32, which is what is packed."""
+    model, x, y = network(arch, "imagenet", dtype=torch.float32), images(5, 64, torch.float32), torch.arange(5)
+    gradient = fused.FusedGradient(FoldedNet(model, torch.float32), 1.0)
+    whole = gradient(x, y)
+    for images_at_once in (1, 2, 3):
+        monkeypatch.setattr(fused, "_LARGEST_BYTES", images_at_once * 8 * 32 * 32 * 4)
+        found = gradient(x, y)
+        # A ReLU's input that rounds to another side of 0 changes a few pixels by more.
+        assert float(((found - whole).abs() <= 1e-5 * whole.abs().max()).double().mean()) > 0.999
+
+
 def test_a_network_that_has_diverged_gives_nan_and_not_zero() -> None:
     for dtype in (torch.float32, torch.float64):
         model = network("resnet18", "imagenet", dtype=dtype)

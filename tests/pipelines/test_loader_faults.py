@@ -293,6 +293,8 @@ def test_a_disk_that_fails_makes_a_bad_sample(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "preadv", fail)
     with closing(loader_of(samples)) as loader, pytest.raises(DataError, match=r"row \d+: .* got Input/output error"):
         list(loader)
+    with pytest.raises(DataError, match=r"set\.beton: expected .* got Input/output error; check the disk"):
+        BetonFile(samples.path)
 
 
 # -- many openings -----------------------------------------------------------------------------------------------------
