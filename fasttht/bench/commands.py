@@ -14,6 +14,7 @@ from fasttht.bench import attack_commands, scale_commands, step_commands
 from fasttht.bench.finish import check_output, finish, keep_part, kept_part
 from fasttht.config import Many
 from fasttht.errors import UsageError
+from fasttht.exits import stop_code
 
 bench_app = App(name="bench", help="Measure where the time goes, beside peers, on this machine.")
 attack_commands.register(bench_app)
@@ -132,10 +133,10 @@ def load(
     try:
         with log.console.status("bench load") as status:
             report = measure(settings, progress=status.update, keep=partial(keep_part, output=output))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         part = kept_part(output)
         log.fail("stopped; nothing was kept" if part is None else f"stopped; what was measured is in {part}")
-        return 130
+        return stop_code(error)
     comparison.compare(old, report)
     _show(report)
     comparison.show(report)
