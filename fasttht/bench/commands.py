@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App
 
 from fasttht.bench import attack_commands, scale_commands, step_commands
-from fasttht.bench.finish import check_output, finish, keep_part, kept_part
+from fasttht.bench.finish import check_output, drop_part, finish, keep_part, kept_part
 from fasttht.config import Many
 from fasttht.errors import UsageError
 from fasttht.exits import stop_code
@@ -130,6 +130,7 @@ def load(
         first_batch=first_batch, slowdown=slowdown,
     )  # fmt: skip
     old = comparison.open_report(compare, "load", described(settings), device_of(cpu))
+    drop_part(output)
     try:
         with log.console.status("bench load") as status:
             report = measure(settings, progress=status.update, keep=partial(keep_part, output=output))

@@ -413,6 +413,16 @@ def test_what_was_measured_before_an_end_by_force_is_kept(
     assert sorted(path.name for path in Path().glob("rows.json*")) == ["rows.json"]
 
 
+def test_what_an_earlier_run_left_is_not_taken_for_what_was_measured(
+    run: Run, beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("rows.json.partial").write_text("of an earlier run\n")
+    monkeypatch.setattr(bench_load, "measure", lambda *args, **options: raise_(KeyboardInterrupt()))
+    code, _, err = run("bench", "load", "--data", beton, *FEW, "turbo", "--output", "rows.json")
+    assert (code, err) == (130, "fasttht: stopped; nothing was kept\n")
+    assert not Path("rows.json.partial").exists()
+
+
 def raise_(error: BaseException) -> None:
     raise error
 
