@@ -91,11 +91,12 @@ class _Kind:
 def described(settings: Settings) -> dict[str, Any]:
     """Return the report's settings."""
     device = device_of(settings.cpu)
+    loaded = {"data": str(settings.data), "loader": settings.loader, "workers": settings.workers}
     return {
         "arch": settings.arch, "stem": settings.stem, "width": settings.width,
         "batch_size": _num_images(settings, device), "img_size": settings.img_size,
         "windows": settings.windows, "device": str(device),
-    } | ({} if settings.data is None else {"data": str(settings.data)})  # fmt: skip
+    } | ({} if settings.data is None else loaded)  # fmt: skip
 
 
 @fastest_kernels()

@@ -144,6 +144,13 @@ def test_steps_wait_for_images_that_are_loaded(digits: Path) -> None:
     assert wait["ms"] > 0
 
 
+def test_only_runs_whose_images_are_loaded_alike_are_compared(digits: Path) -> None:
+    loaded = dataclasses.replace(SETTINGS, data=digits, loader="ffcv", workers=3)
+    added = {"data": str(digits), "loader": "ffcv", "workers": 3}
+    assert bench_step.described(loaded) == bench_step.described(SETTINGS) | added
+    assert not added.keys() & bench_step.described(SETTINGS).keys()
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
