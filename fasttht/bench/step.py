@@ -138,8 +138,7 @@ def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[
         row |= watched[row["name"]]
         row |= _judged(row, kind.cost, settings, device, copy["gb_per_s"], peak["tflops"])
         row["gpu_mem_gib"] = peak_memory_gib(kind.run, device)
-    if settings.trace is not None:
-        write_trace(jobs, device, settings.trace)
+    traced = {} if settings.trace is None else write_trace(jobs, device, settings.trace)
     return {
         "bench": "step",
         "env": environment(device) | {"threads": torch.get_num_threads()},
@@ -147,7 +146,7 @@ def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[
         "copy": copy,
         "peak": peak,
         "rows": rows,
-    }
+    } | traced
 
 
 def _watch(
