@@ -222,7 +222,7 @@ def _add_rungs(rows: list[dict[str, Any]], settings: Settings) -> None:
             "speedup": lowest["ms"] / row["ms"],
             "speedup_to": ENGINE_RUNGS[lowest["name"]],
         }
-        if has_byte_model(settings.arch, settings.stem):
+        if has_byte_model(settings.stem):
             own, other = (
                 predicted_bytes(rung, settings.arch, settings.img_size, width=settings.width)
                 for rung in (row["rung"], row["speedup_to"])
