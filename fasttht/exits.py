@@ -46,8 +46,13 @@ def code_of(error: BaseException, tokens: Sequence[str]) -> int | None:
     if isinstance(error, KeyboardInterrupt):
         said = [_AFTER_A_STOP[words] for words in (" ".join(tokens[:2]), *tokens[:1]) if words in _AFTER_A_STOP]
         _say(error, f"stopped; {said[0] if said else 'nothing was kept; the same command begins anew'}")
-        return 75 if isinstance(error, Terminated) else 130
+        return stop_code(error)
     return None
+
+
+def stop_code(error: KeyboardInterrupt) -> int:
+    """Return the exit code after a stop: 75 where a batch system asked for it, 130 after Ctrl-C."""
+    return 75 if isinstance(error, Terminated) else 130
 
 
 def _say(error: BaseException, text: str) -> None:

@@ -20,7 +20,7 @@ from fasttht.attacks.threat import Threat
 from fasttht.bench.attack_peers import PEERS, Logits, Peer, peer, peer_version
 from fasttht.bench.calls import Calls, count_calls, peak_memory_gib
 from fasttht.bench.env import environment
-from fasttht.bench.jobs import Job, free_memory, summarise_jobs, time_jobs
+from fasttht.bench.jobs import OUT_OF_MEMORY, Job, free_memory, summarise_jobs, time_jobs
 from fasttht.bench.ladder import ENGINE_RUNGS, count_rung, has_byte_model, predicted_bytes
 from fasttht.bench.trace import write_trace
 from fasttht.bench.windows import Progress
@@ -33,7 +33,6 @@ _EPS, _ALPHA = 4 / 255, 1 / 255
 _NUM_CLASSES = 1000
 # Images whose float32 gradients are taken at once: of 256 of them a ResNet-50 keeps 20 GB.
 _EXACT_IMAGES = 32
-OUT_OF_MEMORY = "out of memory"
 # Images of a batch where nothing else is asked for: what a small machine can wait for, and what fills a GPU.
 CPU_BATCH_SIZE, CUDA_BATCH_SIZE = 8, 128
 
@@ -104,14 +103,15 @@ def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[
             pass
         drop(name)
     rows: list[dict[str, Any]] = []
+    traced: dict[str, str] = {}
     seconds = time_jobs(jobs, device, windows=settings.windows, progress=progress, drop=drop)
     if seconds:
         reference = next((name for name in ("torchattacks", "eager") if name in jobs), next(iter(jobs)))
         rows = summarise_jobs(seconds, len(x), reference)
         _add_rungs(rows, settings)
         if settings.trace is not None:
-            write_trace(jobs, device, settings.trace)
-        exact = exact_gradient(EagerEngine(model, model.logits).gradient, x, y).sign()
+            traced = write_trace(jobs, device, settings.trace)
+        exact = _exact_signs(model, x, y)
         for row in rows:
             progress(f"{row['name']}: counting")
             row["version"] = peer_version(row["name"]) if row["name"] in PEERS else None
@@ -123,12 +123,12 @@ def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[
         "env": environment(device) | {"threads": torch.get_num_threads()},
         "settings": described(settings),
         "rows": rows + missing,
-    }
+    } | traced
 
 
 def _describe(
     row: dict[str, Any], job: Callable[[], Tensor], settings: Settings, model: TwoHead, x: Tensor, y: Tensor,
-    exact: Tensor,
+    exact: Tensor | None,
 ) -> None:  # fmt: skip
     """Put into a row what is counted, and how good the attack is; or that memory did not suffice for it."""
     try:
@@ -136,6 +136,16 @@ def _describe(
         row |= _quality(row["name"], model, job, x, y, exact)
     except torch.OutOfMemoryError:
         row["not_counted"] = OUT_OF_MEMORY
+
+
+def _exact_signs(model: TwoHead, x: Tensor, y: Tensor) -> Tensor | None:
+    """Return the signs that others are compared with; None if memory does not suffice: what was timed is kept."""
+    try:
+        return exact_gradient(EagerEngine(model, model.logits).gradient, x, y).sign()
+    except torch.OutOfMemoryError:
+        pass
+    free_memory(x.device)  # after the handler: the error's traceback kept tensors alive
+    return None
 
 
 def exact_gradient(gradient: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -212,7 +222,7 @@ def _add_rungs(rows: list[dict[str, Any]], settings: Settings) -> None:
             "speedup": lowest["ms"] / row["ms"],
             "speedup_to": ENGINE_RUNGS[lowest["name"]],
         }
-        if has_byte_model(settings.arch, settings.stem):
+        if has_byte_model(settings.stem):
             own, other = (
                 predicted_bytes(rung, settings.arch, settings.img_size, width=settings.width)
                 for rung in (row["rung"], row["speedup_to"])
@@ -237,12 +247,12 @@ def _counted(name: str, job: Job, device: torch.device, settings: Settings) -> d
 
 
 def _quality(
-    name: str, model: TwoHead, job: Callable[[], Tensor], x: Tensor, y: Tensor, exact: Tensor
+    name: str, model: TwoHead, job: Callable[[], Tensor], x: Tensor, y: Tensor, exact: Tensor | None
 ) -> dict[str, Any]:
     """Return, in percent: how often the attack succeeds; of its gradient the agreement of signs and the zeros.
 
     A peer's gradient is known by its first step. Training-mode BN has gradients of another function: there is no
-    agreement to speak of.
+    agreement to speak of. Without exact signs there is none either, and the reason in its place.
     """
     x_adv = job()
     with torch.no_grad():
@@ -253,10 +263,14 @@ def _quality(
     if isinstance(job, Peer):
         found["layout"] = job.layout
         signs, inside = (job.one_step() - x).sign(), (x > 0) & (x < 1)  # a step out of [0, 1] is no step
-        signs, exact = signs[inside], exact[inside]
+        signs, exact = signs[inside], None if exact is None else exact[inside]
     else:
         signs = _engine(name, model, x).gradient(x, y).sign()
     found["zero_grad_pct"] = 100 * (signs == 0).double().mean().item()
-    if name != "eager-batch":
+    if name == "eager-batch":
+        return found
+    if exact is None:
+        found["not_counted"] = OUT_OF_MEMORY
+    else:
         found["sign_agreement_pct"] = 100 * (signs == exact).double().mean().item()
     return found

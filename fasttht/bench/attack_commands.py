@@ -70,7 +70,7 @@ def attack(
     from fasttht import log
     from fasttht.bench import compare as comparison
     from fasttht.bench.attack import Settings, described, device_of, measure
-    from fasttht.bench.trace import check_trace
+    from fasttht.bench.trace import check_trace, show_trace
 
     check_trace(trace)
     settings = Settings(
@@ -83,8 +83,7 @@ def attack(
     comparison.compare(old, report)
     _show_attack(report)
     comparison.show(report)
-    if trace is not None:
-        log.say(f"trace: {trace}")
+    show_trace(trace, report)
     finish(report, output)
     return 0
 

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 from cyclopts import App
 
 from fasttht.bench import attack_commands, scale_commands, step_commands
-from fasttht.bench.finish import check_output, finish, keep_part, kept_part
+from fasttht.bench.finish import check_output, drop_part, finish, keep_part, kept_part
 from fasttht.config import Many
 from fasttht.errors import UsageError
+from fasttht.exits import stop_code
 
 bench_app = App(name="bench", help="Measure where the time goes, beside peers, on this machine.")
 attack_commands.register(bench_app)
@@ -129,13 +130,14 @@ def load(
         first_batch=first_batch, slowdown=slowdown,
     )  # fmt: skip
     old = comparison.open_report(compare, "load", described(settings), device_of(cpu))
+    drop_part(output)
     try:
         with log.console.status("bench load") as status:
             report = measure(settings, progress=status.update, keep=partial(keep_part, output=output))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         part = kept_part(output)
         log.fail("stopped; nothing was kept" if part is None else f"stopped; what was measured is in {part}")
-        return 130
+        return stop_code(error)
     comparison.compare(old, report)
     _show(report)
     comparison.show(report)

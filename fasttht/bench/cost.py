@@ -75,7 +75,7 @@ def model_bytes(step: Step, arch: str, stem: str, width: int, img_size: int, ite
 
     The training pass and g as eager PyTorch runs them; the attack as its engine's rung does.
     """
-    if not has_byte_model(arch, stem):
+    if not has_byte_model(stem):
         return None
 
     def passes(name: str) -> int:

@@ -45,6 +45,12 @@ def kept_part(output: Path | None) -> Path | None:
     return None if output is None or not _part(output).exists() else _part(output)
 
 
+def drop_part(output: Path | None) -> None:
+    """Delete what an earlier run may have left there: it is not this one's."""
+    if output is not None:
+        _part(output).unlink(missing_ok=True)
+
+
 def _part(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
 
@@ -57,4 +63,4 @@ def finish(report: dict[str, Any], output: Path | None) -> None:
     if output is not None:
         with output.open("a", encoding="utf-8") as file:
             file.write(line)
-        _part(output).unlink(missing_ok=True)
+        drop_part(output)

@@ -13,6 +13,9 @@ from fasttht.bench.windows import Clock, Progress, quartiles
 
 Job = Callable[[], object]
 
+# Why a figure is not there.
+OUT_OF_MEMORY = "out of memory"
+
 
 def synchronize(device: torch.device) -> None:
     """Wait for the current stream of a CUDA device; nothing on a CPU."""

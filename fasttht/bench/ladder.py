@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fasttht.attacks.engine import EagerEngine
 from fasttht.attacks.folded import FoldedNet
 from fasttht.attacks.fused import FusedGradient
 from fasttht.attacks.pgd import input_gradient
@@ -31,7 +32,7 @@ from fasttht.models.two_head import TwoHead
 # What each rung is, from the bottom: DESIGN's names, the engine, the weight gradients, BN's statistics.
 RUNGS = {
     "A0": "backward(), training-mode BN",
-    "A1": "input gradient only, training-mode BN",
+    "A1": "input gradient only, BN with the batch's statistics (eager, --attack-bn batch)",
     "A2": "input gradient only, evaluation-mode BN (eager)",
     "A3": "BN folded (folded)",
     "A4": "BN folded, pointwise passes fused by torch.compile (compiled)",
@@ -194,9 +195,10 @@ def _gradient(rung: str, model: TwoHead) -> Callable[[Tensor, Tensor], object]:
     if rung in _FOLDED:
         net = FoldedNet(model, torch.float16)
         return input_gradient(net) if rung == "A3" else FusedGradient(net, 1.0)
-    model.train(rung in ("A0", "A1"))
     if rung != "A0":
-        return input_gradient(model.logits)
+        # In training mode A1 would move the running statistics and exchange: only the engine says what it does.
+        return EagerEngine(model, model.logits, batch_norm="batch" if rung == "A1" else "eval").gradient
+    model.train()
 
     def backward(x: Tensor, y: Tensor) -> None:
         leaf = x.detach().requires_grad_(True)
@@ -205,9 +207,9 @@ def _gradient(rung: str, model: TwoHead) -> Callable[[Tensor, Tensor], object]:
     return backward
 
 
-def has_byte_model(arch: str, stem: str) -> bool:
-    """Whether predicted_bytes knows such a network."""
-    return arch in ARCHS and stem == "imagenet"
+def has_byte_model(stem: str) -> bool:
+    """Whether predicted_bytes knows networks with this stem."""
+    return stem == "imagenet"
 
 
 def predicted_bytes(

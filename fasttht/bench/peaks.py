@@ -82,7 +82,10 @@ def arithmetic_peak(device: torch.device, *, windows: int, side: int | None = No
     calls = 10 if device.type == "cuda" else 1
     _, median, _ = quartiles(_window_seconds(lambda: torch.mm(a, a, out=out), device, calls, windows))
     kind = str(dtype).removeprefix("torch.")
-    product = {"tflops": 2 * side**3 / median / 1e12, "source": f"measured product of {side} x {side}, {kind}"}
+    product: dict[str, Any] = {
+        "tflops": 2 * side**3 / median / 1e12,
+        "source": f"measured product of {side} x {side}, {kind}",
+    }
     if device.type == "cuda":
         return product
     channels, pixels = side // 4, 28
@@ -90,11 +93,11 @@ def arithmetic_peak(device: torch.device, *, windows: int, side: int | None = No
     weight = torch.linspace(-1, 1, channels**2 * 9).view(channels, channels, 3, 3)
     x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
     _, median, _ = quartiles(_window_seconds(lambda: F.conv2d(x, weight, padding=1), device, calls, windows))
-    convolution = {
+    convolution: dict[str, Any] = {
         "tflops": 2 * weight.numel() * pixels**2 / median / 1e12,
         "source": f"measured convolution, 3 x 3, {channels} channels of {pixels} x {pixels}, {kind}",
     }
-    return max(product, convolution, key=lambda measured: float(str(measured["tflops"])))
+    return max(product, convolution, key=lambda measured: measured["tflops"])
 
 
 def _window_seconds(job: Any, device: torch.device, calls: int, windows: int) -> list[float]:

@@ -75,8 +75,7 @@ def network(arch: str) -> TwoHead:
 def compute_seconds(job: Job, machine: Machine, images: int) -> float:
     """Return the time of one step of `images` on one GPU without any other."""
     num_bytes = model_bytes(job.step, job.arch, "imagenet", 64, job.img_size, 2)
-    if num_bytes is None:
-        raise ValueError(f"scaling: expected a bottleneck network, got {job.arch}")
+    assert num_bytes is not None, "the byte model knows the 7x7 stem"
     flops = model_flops(job.step, job.arch, "imagenet", 64, job.img_size)
     return images * max(
         num_bytes / (BANDWIDTH_SHARE * machine.gb_per_s * 1e9), flops / (ARITHMETIC_SHARE * machine.tflops * 1e12)

@@ -21,7 +21,7 @@ from fasttht.bench.attack import batch_size_of, device_of
 from fasttht.bench.calls import peak_memory_gib
 from fasttht.bench.cost import Step, judge, model_bytes, model_flops
 from fasttht.bench.env import environment
-from fasttht.bench.feed import LEAD, fed
+from fasttht.bench.feed import LEAD, fed, training_images
 from fasttht.bench.jobs import Job, summarise_jobs, time_jobs
 from fasttht.bench.peaks import arithmetic_peak, copy_bandwidth
 from fasttht.bench.phases import break_down
@@ -31,6 +31,7 @@ from fasttht.build import amp_dtype_of, build_model, build_schedule
 from fasttht.config import AttackConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig, StepEngineName, TrainConfig
 from fasttht.models.clean_encoder import CleanEncoder
 from fasttht.pipelines.loader import Batch
+from fasttht.pipelines.samples import Samples
 from fasttht.precision import fastest_kernels
 from fasttht.resolve import resolve
 from fasttht.state import TrainState
@@ -90,11 +91,12 @@ class _Kind:
 def described(settings: Settings) -> dict[str, Any]:
     """Return the report's settings."""
     device = device_of(settings.cpu)
+    loaded = {"data": str(settings.data), "loader": settings.loader, "workers": settings.workers}
     return {
         "arch": settings.arch, "stem": settings.stem, "width": settings.width,
         "batch_size": _num_images(settings, device), "img_size": settings.img_size,
         "windows": settings.windows, "device": str(device),
-    } | ({} if settings.data is None else {"data": str(settings.data)})  # fmt: skip
+    } | ({} if settings.data is None else loaded)  # fmt: skip
 
 
 @fastest_kernels()
@@ -107,6 +109,7 @@ def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[
     Raises: UsageError, DataError for the data.
     """
     device = device_of(settings.cpu)
+    samples = _samples(settings, device)  # refused now, and not after minutes of timing
     kinds: dict[str, _Kind] = {}
     for engine in settings.step_engines:
         suffix = f"/{engine}" if len(settings.step_engines) > 1 else ""
@@ -121,7 +124,7 @@ def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[
     seconds = time_jobs(jobs, device, windows=settings.windows, progress=progress)
     reference = min((name for name in kinds if name.startswith(CLEAN)), key=lambda name: median(seconds[name]))
     rows = summarise_jobs(seconds, _num_images(settings, device), reference)
-    watched = _watch(kinds, settings, device, progress)
+    watched = _watch(kinds, settings, samples, device, progress)
     progress("copying and multiplying, for the machine's best")
     copy = copy_bandwidth(device, windows=settings.windows, buffer_bytes=settings.probe_bytes)
     peak = arithmetic_peak(device, windows=settings.windows, side=settings.probe_side)
@@ -135,8 +138,7 @@ def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[
         row |= watched[row["name"]]
         row |= _judged(row, kind.cost, settings, device, copy["gb_per_s"], peak["tflops"])
         row["gpu_mem_gib"] = peak_memory_gib(kind.run, device)
-    if settings.trace is not None:
-        write_trace(jobs, device, settings.trace)
+    traced = {} if settings.trace is None else write_trace(jobs, device, settings.trace)
     return {
         "bench": "step",
         "env": environment(device) | {"threads": torch.get_num_threads()},
@@ -144,19 +146,22 @@ def measure(settings: Settings, progress: Progress = lambda what: None) -> dict[
         "copy": copy,
         "peak": peak,
         "rows": rows,
-    }
+    } | traced
 
 
 def _watch(
-    kinds: dict[str, _Kind], settings: Settings, device: torch.device, progress: Progress
+    kinds: dict[str, _Kind], settings: Settings, samples: Samples | None, device: torch.device, progress: Progress
 ) -> dict[str, dict[str, Any]]:
-    """Return every kind's phases; of an attack that is replayed in one piece also its parts, run one by one."""
+    """Return every kind's phases; of an attack that is replayed in one piece also its parts, run one by one.
+
+    samples: what the images are loaded from; None: they lie on the device.
+    """
     options: dict[str, Any] = {"windows": settings.windows, "progress": progress}
-    if settings.data is None:
+    if samples is None:
         found = break_down({name: kind.run for name, kind in kinds.items()}, device, **options)
     else:
         with fed(
-            settings.data, device, _num_images(settings, device), settings.img_size,
+            samples, device, _num_images(settings, device), settings.img_size,
             decoder=settings.loader, workers=settings.workers,
         ) as feed:  # fmt: skip
             jobs = {name: partial(_run_next, kind.run_on, feed) for name, kind in kinds.items()}
@@ -242,6 +247,13 @@ def _stepper(state: TrainState, config: TrainConfig, replay: int) -> Callable[[B
 
 def _num_images(settings: Settings, device: torch.device) -> int:
     return batch_size_of(settings.batch_size, device)
+
+
+def _samples(settings: Settings, device: torch.device) -> Samples | None:
+    """Open what images are loaded from, None for none. Raises: UsageError, DataError for the data."""
+    if settings.data is None:
+        return None
+    return training_images(settings.data, device, _num_images(settings, device), decoder=settings.loader)
 
 
 def _batch(settings: Settings, device: torch.device) -> Batch:

@@ -81,7 +81,7 @@ def step(
     from fasttht.bench.attack import device_of
     from fasttht.bench.hours import hours, plan_preset
     from fasttht.bench.step import Settings, described, measure
-    from fasttht.bench.trace import check_trace
+    from fasttht.bench.trace import check_trace, show_trace
 
     check_trace(trace)
     plan = plan_preset(
@@ -99,8 +99,7 @@ def step(
     comparison.compare(old, report)
     _show_steps(report)
     comparison.show(report)
-    if trace is not None:
-        log.say(f"trace: {trace}")
+    show_trace(trace, report)
     finish(report, output)
     return 0
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fasttht.bench.jobs import Job, synchronize
+from fasttht.bench.jobs import OUT_OF_MEMORY, Job, free_memory, synchronize
 from fasttht.errors import UsageError
 from fasttht.regions import watched
 
@@ -38,8 +38,29 @@ def check_trace(trace: Path | None) -> None:
         raise UsageError(f"--trace: expected a name that ends in .json or .json.gz, got {trace}; trace viewers want it")
 
 
-def write_trace(jobs: Mapping[str, Job], device: torch.device, path: Path) -> None:
-    """Run every job once under the profiler, each in a span of its name, and write what happened to `path`."""
+def write_trace(jobs: Mapping[str, Job], device: torch.device, path: Path) -> dict[str, str]:
+    """Run every job once under the profiler, each in a span of its name, and write what happened to `path`.
+
+    Returns what the report says of it: nothing; or, as not_traced, that memory does not suffice and there is no file.
+    """
+    try:
+        _write_trace(jobs, device, path)
+        return {}
+    except torch.OutOfMemoryError:
+        pass
+    free_memory(device)  # after the handler: the error's traceback kept the job's tensors alive
+    return {"not_traced": OUT_OF_MEMORY}
+
+
+def show_trace(trace: Path | None, report: dict[str, Any]) -> None:
+    """Say where the trace is, or why there is none, if one was asked for."""
+    from fasttht import log
+
+    if trace is not None:
+        log.say(f"not traced: {report['not_traced']}" if "not_traced" in report else f"trace: {trace}")
+
+
+def _write_trace(jobs: Mapping[str, Job], device: torch.device, path: Path) -> None:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -162,6 +162,40 @@ def test_what_memory_does_not_suffice_for_leaves_the_others_rows(
     assert not alive  # nothing of any of them is kept
 
 
+def test_without_memory_for_exact_gradients_what_was_timed_is_kept(
+    report: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exact(*args: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("20 GiB more")
+
+    monkeypatch.setattr(bench_attack, "exact_gradient", exact)
+    for row in report("attack", "--engines", "backward", "eager-batch", "folded", "--windows", "1")["rows"]:
+        assert row["img_per_s"] > 0
+        assert row["launches_per_step"] > 20
+        assert "sign_agreement_pct" not in row
+        # The first two have none in any case.
+        assert row.get("not_counted") == ("out of memory" if row["name"] == "folded" else None)
+
+
+@pytest.mark.parametrize("name", ["attack", "step"])
+def test_without_memory_for_a_trace_what_was_timed_is_kept(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    def span(name: str) -> None:
+        raise torch.OutOfMemoryError("20 GiB more")
+
+    monkeypatch.setattr(torch.profiler, "record_function", span)
+    path = tmp_path / "trace.json"
+    options = ("--engines", "eager") if name == "attack" else ("--replay", "2")
+    assert cli.run(small(name, *options, "--windows", "1", "--trace", str(path))) == 0
+    out = capsys.readouterr().out
+    assert "not traced: out of memory" in out
+    found = json.loads(out.splitlines()[-1])
+    assert found["not_traced"] == "out of memory"
+    assert all(row["img_per_s"] > 0 for row in found["rows"])
+    assert not path.exists()
+
+
 def test_each_engine_is_let_go_when_it_has_been_counted(
     report: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from fasttht.bench import peaks
 from fasttht.bench.cost import Step, judge, model_bytes, model_flops
 from fasttht.bench.peaks import _size, arithmetic_peak, cache_bytes, copy_bandwidth, known_tflops
 
@@ -116,6 +118,34 @@ def test_the_machines_best_is_measured_on_a_cpu() -> None:
         "measured product of 16 x 16, float32", "measured convolution, 3 x 3, 4 channels of 28 x 28, float32",
     )  # fmt: skip
     assert cache_bytes(cpu) >= 2**16
+
+
+@pytest.mark.parametrize(
+    ("product_s", "convolution_s", "tflops", "source"),
+    [
+        # 2 * 16^3 FLOPs, and 4 * 4 * 9 weights at 28 * 28 pixels: 27.6 times as many.
+        (1.0, 50.0, 2 * 16**3 / 1e12, "measured product of 16 x 16, float32"),
+        (
+            1.0,
+            20.0,
+            2 * 4 * 4 * 9 * 28 * 28 / 20 / 1e12,
+            "measured convolution, 3 x 3, 4 channels of 28 x 28, float32",
+        ),
+    ],
+)
+def test_a_cpus_peak_is_the_faster_of_a_product_and_a_convolution(
+    monkeypatch: pytest.MonkeyPatch, product_s: float, convolution_s: float, tflops: float, source: str
+) -> None:
+    found: list[torch.Tensor] = []
+
+    def seconds(job: Callable[[], torch.Tensor], device: torch.device, calls: int, windows: int) -> list[float]:
+        found.append(job())
+        return [(product_s, convolution_s)[len(found) - 1]] * windows
+
+    monkeypatch.setattr(peaks, "_window_seconds", seconds)
+    peak = arithmetic_peak(torch.device("cpu"), windows=3, side=16)
+    assert [tuple(out.shape) for out in found] == [(16, 16), (1, 4, 28, 28)]  # what the FLOPs are of
+    assert peak == {"tflops": pytest.approx(tflops), "source": source}
 
 
 @pytest.mark.parametrize(("text", "size"), [("32768K", 2**25), ("1M\n", 2**20), ("512", 512), ("odd", 0)])

@@ -23,9 +23,16 @@ def test_a_rung_moves_the_bytes_that_the_model_predicts_and_never_waits(rung: st
 
 
 @pytest.mark.changes_rng
-def test_no_attack_with_evaluation_statistics_exchanges_anything_with_other_processes() -> None:
+def test_no_engine_exchanges_anything_with_other_processes() -> None:
     """Where they share their statistics, training-mode BN does: at each of 53 layers, forward and backward."""
-    assert {rung: count_collectives(rung) for rung in COUNTED} == {"A0": 106, "A1": 106, "A2": 0, "A3": 0, "A5": 0}
+    assert {rung: count_collectives(rung) for rung in COUNTED} == {"A0": 106, "A1": 0, "A2": 0, "A3": 0, "A5": 0}
+
+
+@pytest.mark.changes_rng
+def test_statistics_of_the_batch_cost_bytes_but_no_launches() -> None:
+    """Training-mode BN counts its batches: one launch more at each of 53 layers."""
+    assert counted("A0").launches - counted("A1").launches == 53
+    assert counted("A1").launches == counted("A2").launches
 
 
 @pytest.mark.changes_rng

@@ -34,6 +34,7 @@ from fasttht.pipelines.beton import BetonFile
 from fasttht.pipelines.beton_write import write_beton
 from fasttht.pipelines.photographs import photographs
 from fasttht.pipelines.samples import Sample
+from fasttht.signals import Terminated
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -369,17 +370,20 @@ def test_an_error_of_our_own_is_a_bug_and_frees_the_cores(beton: Path, monkeypat
     assert torch.get_num_threads() == threads
 
 
-def test_bench_alone_begins_with_the_loaders_in_few_windows_on_a_cpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("error", "expected"), [(KeyboardInterrupt, 130), (Terminated, 75)])
+def test_bench_alone_begins_with_the_loaders_in_few_windows_on_a_cpu(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: type[KeyboardInterrupt], expected: int
+) -> None:
     asked = []
 
     def interrupted(settings: bench_load.Settings, **_: object) -> dict[str, Any]:
         asked.append(settings)
-        raise KeyboardInterrupt
+        raise error
 
     monkeypatch.setattr(bench_load, "measure", interrupted)
     code, _, err = run("bench", "--cpu")
-    assert (code, err) == (130, "fasttht: stopped; nothing was kept\n")
-    assert run("bench", "load", "--cpu")[0] == 130
+    assert (code, err) == (expected, "fasttht: stopped; nothing was kept\n")
+    assert run("bench", "load", "--cpu")[0] == expected
     assert asked[0].loaders == asked[1].loaders == LOADERS
     assert asked[0].windows * asked[0].window_s * len(asked[0].workers) < 3
 
@@ -407,6 +411,16 @@ def test_what_was_measured_before_an_end_by_force_is_kept(
     assert row["img_per_s"] > 0
     assert run(*words)[0] == 0
     assert sorted(path.name for path in Path().glob("rows.json*")) == ["rows.json"]
+
+
+def test_what_an_earlier_run_left_is_not_taken_for_what_was_measured(
+    run: Run, beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("rows.json.partial").write_text("of an earlier run\n")
+    monkeypatch.setattr(bench_load, "measure", lambda *args, **options: raise_(KeyboardInterrupt()))
+    code, _, err = run("bench", "load", "--data", beton, *FEW, "turbo", "--output", "rows.json")
+    assert (code, err) == (130, "fasttht: stopped; nothing was kept\n")
+    assert not Path("rows.json.partial").exists()
 
 
 def raise_(error: BaseException) -> None:

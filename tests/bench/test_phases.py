@@ -14,9 +14,9 @@ from fasttht import state
 from fasttht.attacks.engine import FoldedEngine
 from fasttht.attacks.pgd import Attacked
 from fasttht.bench import step as bench_step
-from fasttht.bench.feed import fed
 from fasttht.bench.phases import PHASES, Timeline, break_down, summarise, time_phases
 from fasttht.errors import UsageError
+from fasttht.pipelines import DataError
 from fasttht.pipelines.beton_write import write_beton
 from fasttht.pipelines.datasets import DigitsSamples
 from fasttht.regions import region
@@ -126,21 +126,46 @@ def test_what_lies_ready_is_used_up_before_a_job_is_watched() -> None:
     assert "note" not in found
 
 
-def test_steps_wait_for_images_that_are_loaded(tmp_path: Path) -> None:
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    """A folder with 40 images for training."""
     split = DigitsSamples("train")
     for name in ("train", "val"):
         write_beton(tmp_path / f"{name}.beton", ((split.sample(i), int(split.labels[i])) for i in range(40)), 40)
-    settings = dataclasses.replace(SETTINGS, data=tmp_path, workers=1)
-    assert bench_step.described(settings)["data"] == str(tmp_path)
+    return tmp_path
+
+
+def test_steps_wait_for_images_that_are_loaded(digits: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, data=digits, workers=1)
     kind = bench_step._make_step(settings, "clean", 1, "eager", CPU)
-    rows = bench_step._watch({"clean": kind}, settings, CPU, print)["clean"]["phases"]
+    samples = bench_step._samples(settings, CPU)
+    rows = bench_step._watch({"clean": kind}, settings, samples, CPU, print)["clean"]["phases"]
     wait = next(row for row in rows if row["name"] == "data_wait")
     assert wait["ms"] > 0
-    with (
-        pytest.raises(UsageError, match="the 40 training images, got 41"),
-        fed(tmp_path, CPU, 41, 8, decoder="turbo", workers=1),
-    ):
-        pass
+
+
+def test_only_runs_whose_images_are_loaded_alike_are_compared(digits: Path) -> None:
+    loaded = dataclasses.replace(SETTINGS, data=digits, loader="ffcv", workers=3)
+    added = {"data": str(digits), "loader": "ffcv", "workers": 3}
+    assert bench_step.described(loaded) == bench_step.described(SETTINGS) | added
+    assert not added.keys() & bench_step.described(SETTINGS).keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"batch_size": 41}, UsageError, "the 40 training images, got 41"),
+        ({"loader": "dali-gpu"}, UsageError, "--loader: expected a decoder that can run here, got dali-gpu"),
+        ({"data": Path("missing")}, DataError, "missing: expected a folder"),
+    ],
+)
+def test_data_that_cannot_be_loaded_are_refused_before_anything_is_timed(
+    digits: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    monkeypatch.setattr(bench_step, "_make_step", lambda *args: pytest.fail("a step was built"))
+    settings = dataclasses.replace(SETTINGS, **{"data": digits, **changes})
+    with pytest.raises(error, match=said):
+        bench_step.measure(settings)
 
 
 class Tape:
@@ -162,7 +187,7 @@ def test_an_attack_in_one_piece_is_watched_once_more_in_its_parts(monkeypatch: p
     for kind in kinds.values():
         for _ in range(2):
             kind.run()
-    found = bench_step._watch(kinds, SETTINGS, CPU, print)
+    found = bench_step._watch(kinds, SETTINGS, None, CPU, print)
     whole = {row["name"]: row for row in found["that"]["phases"]}
     assert whole["attack"]["ms"] > 0
     assert whole["attack_forward"]["ms"] == whole["attack_update"]["ms"] == 0
