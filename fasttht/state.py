@@ -39,6 +39,7 @@ class GuardedSGD(torch.optim.SGD):
     def __init__(self, groups: list[dict[str, object]], *, momentum: float, nesterov: bool, lr: Tensor) -> None:
         super().__init__(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
         self.last_found_inf = torch.zeros((), device=lr.device)
+        self._refused = torch.zeros((), dtype=torch.bool, device=lr.device)
         if momentum:
             for group in self.param_groups:
                 for parameter in group["params"]:
@@ -46,9 +47,14 @@ class GuardedSGD(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take one step unless `found_inf` is 1. Called by GradScaler.step only."""
+        """Take one step unless `found_inf` is 1 or the gradient is refused. Called by GradScaler.step only."""
+        self.found_inf = torch.maximum(self.found_inf, self._refused.to(self.found_inf.dtype))
         self.last_found_inf.copy_(self.found_inf.reshape(()))
         super().step()
+
+    def refuse(self, whether: Tensor) -> None:
+        """Have the next step skipped if `whether`, () bool on the parameters' device, is true."""
+        self._refused.copy_(whether)
 
 
 def new_scaler(device: torch.device, amp_dtype: torch.dtype) -> torch.amp.GradScaler:
@@ -81,7 +87,9 @@ class Updated(Protocol):
 
 @torch.no_grad()
 def guarded_update_(state: Updated, model: nn.Module, trunk: nn.Module, before: list[Tensor]) -> Tensor:
-    """Apply the accumulated gradients of `model` unless one is not finite, without a host sync.
+    """Apply the accumulated gradients of `model` unless their norm is not finite, without a host sync.
+
+    It is infinite too where finite gradients are so large (1e19 in float32) that momentum or weights would overflow.
 
     Mutates weights, momentum, scaler, learning rate and the update count; clears the gradients. A skipped update
     brings the trunk's buffers back to `before`. Returns () float64, 1 if the update was taken, 0 if it was skipped:
@@ -91,6 +99,7 @@ def guarded_update_(state: Updated, model: nn.Module, trunk: nn.Module, before: 
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    state.optimizer.refuse(~norm.isfinite())
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)

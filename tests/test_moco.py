@@ -159,7 +159,9 @@ def test_running_statistics_move_once_per_step_however_many_groups() -> None:
     assert found[0].abs().max() > 0
 
 
-def test_a_step_whose_gradient_is_not_finite_changes_no_weight() -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e308])
+def test_a_step_whose_gradient_is_not_finite_changes_no_weight(value: float) -> None:
+    """Nor one whose gradient is finite and so large that the momentum, 1.9 times that, would not be."""
     config = tiny_config()
     state = tiny_state(config)
     for step in range(2):
@@ -167,7 +169,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_no_weight() -> None:
     kept = {name: t.clone() for name, t in state.encoder.state_dict().items()}
     key = [parameter.clone() for parameter in state.key_encoder.parameters()]
     updates = int(state.updates)
-    handle = state.encoder.trunk.conv1.weight.register_hook(lambda gradient: gradient * float("nan"))
+    handle = state.encoder.trunk.conv1.weight.register_hook(lambda gradient: gradient.fill_(value))
     moco_step(state, config, *views(2), NOTHING, Draw(0, 0, 2))
     handle.remove()
     assert all(torch.equal(t, kept[name]) for name, t in state.encoder.state_dict().items())
