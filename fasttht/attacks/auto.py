@@ -31,7 +31,7 @@ from fasttht.attacks.auto_results import Done, Results, digest
 from fasttht.attacks.auto_warnings import as_alarms, library_warnings
 from fasttht.attacks.pgd import evaluating
 from fasttht.distributed import SOLO
-from fasttht.errors import UsageError
+from fasttht.errors import UsageError, is_shortage
 from fasttht.meeting import Meeting
 from fasttht.pipelines import ResourceError
 from fasttht.signals import Stop
@@ -210,9 +210,11 @@ def _attack(
     with library_warnings(library) as warnings, _random_state():
         try:
             _, predicted = auto.run_standard_evaluation(x[chosen], y[chosen], batch_size=len(x))
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
             raise ResourceError(
-                f"{attack}: expected room for a chunk of {len(x)} images on {device}, got none; take smaller chunks"
+                f"{attack}: expected room for a chunk of {len(x)} images on {device}, got none; free memory there"
             ) from None
     hits[hits.clone()] = (predicted == y[chosen]).cpu()
     return Done(hits, tuple(warnings))
