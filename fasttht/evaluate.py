@@ -283,16 +283,14 @@ def evaluate_run(
     if set(request.suites) & set(AUTO):
         folder = eval_files.work_folder(path, is_run=is_run, given=request.work_dir, say=log.say)
     about = eval_report.about(subject, [*attacks, *voted], limit=request.limit, images_file=request.images_file)
-    watch, batch_size = Watch(subject.device), config.evaluation.eval_batch_size
-    defence, words = None, ""
+    defence, words, batch_size = None, "", config.evaluation.eval_batch_size
     warned: list[Alarm] = []
-    if "knn" in request.suites:
-        with watch.over("evaluation", batch_size, eval_advice):
-            defence, labels, words = open_defence(subject, voted, knn, request.work_dir, log.say)
-        about |= labels
     tally = Tally(attacks, len(splits.val), subject.device, restarts=restarts, branches=has_mixture_bn(subject.model))
     mine = rows[world.rows(len(rows))]
-    with watch.over("evaluation", batch_size, eval_advice), _stopping(world) as stop:
+    with Watch(subject.device).over("evaluation", batch_size, eval_advice), _stopping(world) as stop:
+        if "knn" in request.suites:
+            defence, labels, words = open_defence(subject, voted, knn, request.work_dir, log.say, world, stop)
+            about |= labels
         meeting = Meeting(world, stop, -(-max(world.counts(len(rows))) // batch_size))
         with (
             log.EvalScreen(len(mine) * image_steps(attacks, restarts), tally.so_far) as screen,

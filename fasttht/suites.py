@@ -68,12 +68,20 @@ def check_suites(names: Sequence[str], subject: Subject, knn: dict[str, Any]) ->
 
 
 def open_defence(
-    subject: Subject, threats: Sequence[Threat], knn: dict[str, Any], work_dir: Path | None, say: Say
+    subject: Subject,
+    threats: Sequence[Threat],
+    knn: dict[str, Any],
+    work_dir: Path | None,
+    say: Say,
+    world: World,
+    stop: Stop,
 ) -> tuple[Defence, dict[str, Any], str]:
     """Return the nearest neighbours, what a row says of them, and that in words.
 
     threats: what they are attacked with; knn: their options. work_dir: where their bank is kept, in `knn`; by default
-    see `knn_bank.open_index`.
+    see `knn_bank.open_index`, which the ranks of the world call together. stop: as `run_suites` has it.
+
+    Raises: Stopped.
     """
     from fasttht.knn import Defence
     from fasttht.knn_bank import FOLDER, bank_source
@@ -81,7 +89,8 @@ def open_defence(
     source, title = bank_source(subject, knn["features"])
     if not threats:
         say("--suites knn: expected --eval-steps above 0 to attack with, got none; clean images only")
-    defence = Defence(subject, threats, **knn, folder=None if work_dir is None else work_dir / FOLDER, say=say)
+    folder = None if work_dir is None else work_dir / FOLDER
+    defence = Defence(subject, threats, **knn, folder=folder, say=say, world=world, stop=stop)
     words = f"knn: k {knn['k']}, {knn['weighting']} weights, {knn['features']} features, bank by {title}"
     return defence, {f"knn_{name}": value for name, value in knn.items()} | {"knn_bank": source}, words
 
