@@ -10,7 +10,6 @@ a kill leaves half written has no such name; a file whose checksum or key is ano
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import time
@@ -36,6 +35,7 @@ from fasttht.meeting import Meeting
 from fasttht.pipelines import ResourceError
 from fasttht.signals import Stop
 from fasttht.subject import Subject, images
+from fasttht.suites import check_names
 
 # What each suite runs, under pyautoattack's names, and what each result is called.
 SUITES: dict[str, dict[str, str]] = {
@@ -74,11 +74,7 @@ def check(subject: Subject, names: Sequence[str]) -> None:
     Raises: UsageError for a suite that is none, a missing library, a norm that the library has not, or data of too few
     classes for the DLR loss.
     """
-    for name in names:
-        if name not in SUITES:
-            near = difflib.get_close_matches(name, SUITES, n=1)
-            hint = f"did you mean {near[0]}?" if near else "give one of these"
-            raise UsageError(f"--suites: expected some of {', '.join(SUITES)}, got {name}; {hint}")
+    check_names(names, tuple(SUITES))
     _library()
     attack, classes = subject.config.attack, subject.splits.num_classes
     if attack.norm not in _NORMS:
