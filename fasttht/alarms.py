@@ -72,7 +72,8 @@ def missing(row: Mapping[str, Any]) -> list[str]:
         "more steps against fewer": len(lengths) > 1,
         "one step against many": 1 in lengths and len(lengths) > 1,
         "random noise against the attack": any(p.steps == 0 for p in own) or "noise_top1" in row,
-        "the share of zero gradients": any(key.endswith("zero_grad_pct") for key in row),
+        # Of attacks that leave nothing right there is no share, and nothing that zeros could have saved.
+        "the share of zero gradients": any(p.steps for p in pgd),
         "cross entropy against DLR and margin": any(p.loss != "ce" for p in own) or "apgd_dlr_top1" in row,
         "targeted against untargeted": any(p.goal for p in pgd) and bool(lengths),
         "accuracy against the radius": len(radii) > 1,

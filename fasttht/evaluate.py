@@ -283,18 +283,16 @@ def evaluate_run(
     if set(request.suites) & set(AUTO):
         folder = eval_files.work_folder(path, is_run=is_run, given=request.work_dir, say=log.say)
     about = eval_report.about(subject, [*attacks, *voted], limit=request.limit, images_file=request.images_file)
-    defence, words = None, ""
-    if "knn" in request.suites:
-        defence, labels, words = open_defence(subject, voted, knn, request.work_dir, log.say)
-        about |= labels
+    defence, words, batch_size = None, "", config.evaluation.eval_batch_size
+    warned: list[Alarm] = []
     tally = Tally(attacks, len(splits.val), subject.device, restarts=restarts, branches=has_mixture_bn(subject.model))
     mine = rows[world.rows(len(rows))]
-    warned: list[Alarm] = []
-    with _stopping(world) as stop:
-        batch_size = config.evaluation.eval_batch_size
+    with Watch(subject.device).over("evaluation", batch_size, eval_advice), _stopping(world) as stop:
+        if "knn" in request.suites:
+            defence, labels, words = open_defence(subject, voted, knn, request.work_dir, log.say, world, stop)
+            about |= labels
         meeting = Meeting(world, stop, -(-max(world.counts(len(rows))) // batch_size))
         with (
-            Watch(subject.device).over("evaluation", batch_size, eval_advice),
             log.EvalScreen(len(mine) * image_steps(attacks, restarts), tally.so_far) as screen,
             meeting,
         ):

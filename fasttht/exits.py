@@ -21,6 +21,13 @@ _AFTER_A_STOP = {
     "data write": "the same command with --resume goes on, if the write had come far enough to be kept",
 }
 
+# What to lower where memory runs out before a command knows by how much, by its first word; the others have no such
+# option in common.
+_AFTER_A_SHORTAGE = {
+    "train": "lower --batch-size or --bank-size, or raise --grad-accum-steps",
+    "pretrain": "lower --batch-size, --img-size or --queue-size",
+}
+
 
 def code_of(error: BaseException, tokens: Sequence[str]) -> int | None:
     """Print the line that ends the command of these words, and return its exit code; None, and no line, for a bug."""
@@ -36,8 +43,8 @@ def code_of(error: BaseException, tokens: Sequence[str]) -> int | None:
         return 6
     if is_shortage(error):
         got = (str(error) or "no room").splitlines()[0][:200]
-        _say(error, f"memory: expected enough, got: {got}; lower --batch-size or --bank-size, or raise "
-             "--grad-accum-steps")  # fmt: skip
+        advice = [_AFTER_A_SHORTAGE[word] for word in tokens[:1] if word in _AFTER_A_SHORTAGE]
+        _say(error, f"memory: expected enough, got: {got}; {advice[0] if advice else 'free some, or do less at once'}")
         return 6
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):  # Python's words
         _say(error, "threads: expected room for one more, got this machine's limit; lower --workers, or raise the "

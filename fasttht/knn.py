@@ -26,10 +26,12 @@ from fasttht.attacks.feature import away_from, feature_gradient, neighbour_margi
 from fasttht.attacks.losses import least_likely
 from fasttht.attacks.pgd import Draw, InputGradient, attack, evaluating, input_gradient
 from fasttht.attacks.threat import Threat
+from fasttht.distributed import SOLO, World
 from fasttht.knn_bank import Kind, encoder_of, open_index
 from fasttht.knn_search import TEMPERATURE, Search, Weighting, check_k, confidences, finder, nearest
 from fasttht.pipelines.loader import Batch
 from fasttht.precision import full_precision
+from fasttht.signals import Stop
 from fasttht.subject import Subject, images
 
 _KINDS = ("transfer", "feature", "adaptive")
@@ -40,7 +42,8 @@ class Defence:
 
     threats: on the cross entropy, from which `transfer` is made; each gives the figures of this file under its name. A
     targeted one pulls to a drawn other class, or to the one that the classifier finds least likely; on features, to the
-    mean of that class's clean ones. folder: where the bank is kept, see `knn_bank.open_index`.
+    mean of that class's clean ones. folder, world, stop: where the bank is kept, and who builds it, see
+    `knn_bank.open_index`.
 
     Raises: UsageError for a k outside 1 to the number of training images, for features that f does not have, or for
     faiss without its package; ValueError for a threat of another loss; what `knn_bank.open_index` raises.
@@ -57,13 +60,15 @@ class Defence:
         search: Search = "exact",
         folder: Path | None = None,
         say: Callable[[str], None] = log.say,
+        world: World = SOLO,
+        stop: Stop | None = None,
     ) -> None:
         check_k(k, len(subject.splits.train))
         for threat in threats:
             if threat.loss != "ce":
                 raise ValueError(f"knn: expected threats on the cross entropy, got {threat.name}; leave the others out")
         self._subject, self._threats, self._k, self._weighting = subject, list(threats), k, weighting
-        self._index = open_index(subject, features, say, folder)
+        self._index = open_index(subject, features, say, folder, world=world, stop=stop)
         self._query, self._find = encoder_of(subject.model, features), finder(self._index.features, search=search)
         self._prototypes = self._index.prototypes(subject.splits.num_classes)
         temperature = TEMPERATURE if weighting == "exponential" else math.inf

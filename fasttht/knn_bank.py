@@ -28,12 +28,15 @@ from torch.nn import functional as F
 from fasttht import checkpoint
 from fasttht.attacks.pgd import evaluating
 from fasttht.build import build_clean_encoder
+from fasttht.distributed import SOLO, World
 from fasttht.errors import CheckpointError, UsageError
 from fasttht.knn_search import encoded
+from fasttht.meeting import Meeting
 from fasttht.models.clean_encoder import CleanEncoder
 from fasttht.models.two_head import TwoHead, at_least_float32
 from fasttht.pipelines.cache import cache_folder
 from fasttht.precision import full_precision
+from fasttht.signals import Stop
 from fasttht.subject import Subject, images
 from fasttht.traits import TRAITS
 
@@ -126,14 +129,23 @@ def bank_network(subject: Subject, kind: Kind) -> TwoHead | CleanEncoder:
     return momentum
 
 
-def open_index(subject: Subject, kind: Kind, say: Callable[[str], None], folder: Path | None = None) -> FeatureIndex:
+def open_index(
+    subject: Subject,
+    kind: Kind,
+    say: Callable[[str], None],
+    folder: Path | None = None,
+    *,
+    world: World = SOLO,
+    stop: Stop | None = None,
+) -> FeatureIndex:
     """Return the bank of the subject's training images, from `folder` if it is there and whole, else built and kept.
 
     folder: by default RUN/knn, and a cache folder for what is no run. Where it cannot be written, the bank is built
-    each time. say: told in a line of what was done.
+    each time. say: told in a line of what was done. world: the processes that open it together; where one of them does
+    not find it, each encodes a part. stop: what a signal is noted in, at which all of them leave.
 
     Raises: what bank_network does; CheckpointError for features that are not finite; DataError for an image that cannot
-    be read.
+    be read; Stopped.
     """
     encoder_of(subject.model, kind)  # refuse before hours of work
     (_, title), network = bank_source(subject, kind), bank_network(subject, kind)
@@ -142,14 +154,39 @@ def open_index(subject: Subject, kind: Kind, say: Callable[[str], None], folder:
         folder = subject.path / FOLDER if subject.origin == "run" else cache_folder(FOLDER)
     file = folder / f"{fingerprint(subject, network, kind)}.safetensors"
     features = _read(file, len(labels), say)
-    if features is None:
+    kept = world.everybodys("kept banks", features is not None)
+    if features is None or not all(kept):
         say(f"nearest neighbours: a bank of {len(labels):,} features by {title}")
         with evaluating(network), full_precision():
-            features = encoded(encode, images(subject, "train"), _progress(len(labels), say))[0]
+            features = _together(subject, encode, len(labels), say, world, stop or Stop())
         if not features.isfinite().all():
             raise CheckpointError(f"{subject.path}: expected finite features from {title}, got others; take another")
-        _write(file, features.cpu(), say)
+        if not kept[world.rank] and (world.size == 1 or os.environ["LOCAL_RANK"] == "0"):  # one for each machine
+            _write(file, features.cpu(), say)
     return FeatureIndex(features.to(subject.device), labels.to(subject.device), network, encode, title)
+
+
+def _together(
+    subject: Subject,
+    encode: Callable[[Tensor], Tensor],
+    count: int,
+    say: Callable[[str], None],
+    world: World,
+    stop: Stop,
+) -> Tensor:
+    """Return the features (count, D) of the training images, of which each rank encodes a part."""
+    if count < world.size:  # some would have none
+        world = SOLO
+    mine = torch.arange(count)[world.rows(count)]
+    report = _progress(len(mine), say)
+    with Meeting(world, stop, -(-max(world.counts(count)) // subject.config.evaluation.eval_batch_size)) as meeting:
+
+        def done(images: int) -> None:
+            report(images)
+            meeting.meet()
+
+        own, _ = encoded(encode, images(subject, "train", mine), done)
+    return world.gather_rows("bank", own, world.counts(count))
 
 
 def fingerprint(subject: Subject, network: nn.Module, kind: Kind) -> str:

@@ -261,12 +261,17 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a kill at any moment leaves the old one or the new one. Raises: OSError naming it."""
-    partial = path.with_name(f".partial-{path.name}")
+def write_whole(path: Path, content: str | bytes, *, shared: bool = False) -> None:
+    """Write a file so that a kill at any moment leaves the old one or the new one.
+
+    shared: whether other processes may write the same file, each under a temporary name of its own.
+
+    Raises: OSError naming the file.
+    """
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}" if shared else f".partial-{path.name}")
     try:
-        with partial.open("w", newline="") as out:
-            out.write(text)
+        with partial.open("wb") as out:
+            out.write(content.encode() if isinstance(content, str) else content)
             out.flush()
             os.fsync(out.fileno())
         partial.rename(path)

@@ -18,6 +18,7 @@ from fasttht.alarms import Alarm
 from fasttht.attacks.threat import Threat
 from fasttht.distributed import World
 from fasttht.errors import UsageError
+from fasttht.knn_search import check_k, faiss_module
 from fasttht.meeting import Meeting
 from fasttht.signals import Stop
 from fasttht.subject import Subject
@@ -35,17 +36,22 @@ Say = Callable[[str], None]
 _LAG = 8
 
 
+def check_names(names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises: UsageError for a name that is no known suite's, with the nearest."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "give one of these"
+            raise UsageError(f"--suites: expected some of {', '.join(known)}, got {name}; {hint}")
+
+
 def check_suites(names: Sequence[str], subject: Subject, knn: dict[str, Any]) -> None:
     """Refuse before anything is computed what cannot be done after hours of it.
 
     Raises: UsageError for a name that is no suite, with the nearest; for a missing package; for more neighbours than
     training images, or features that the network does not have, or a search without its package.
     """
-    for name in names:
-        if name not in SUITES:
-            near = difflib.get_close_matches(name, SUITES, n=1)
-            hint = f"did you mean {near[0]}?" if near else "leave it out"
-            raise UsageError(f"--suites: expected some of {', '.join(SUITES)}, got {name}; {hint}")
+    check_names(names, SUITES)
     auto = _auto(names)
     if auto:
         from fasttht.attacks.auto import check
@@ -53,27 +59,31 @@ def check_suites(names: Sequence[str], subject: Subject, knn: dict[str, Any]) ->
         check(subject, auto)
     if "knn" not in names:
         return
-    known = len(subject.splits.train)
-    if not 1 <= knn["k"] <= known:
-        raise UsageError(f"--knn-k: expected 1 to {known}, the number of training images, got {knn['k']}")
+    check_k(knn["k"], len(subject.splits.train))
     if knn["features"] == "head" and subject.model.feature_head is None:
         raise UsageError(
             "--knn-features: expected trunk for a network without a feature head, got head; only objectives with a "
             "contrastive loss train one"
         )
     if knn["search"] == "faiss":
-        from fasttht.knn_search import faiss_module
-
         faiss_module()
 
 
 def open_defence(
-    subject: Subject, threats: Sequence[Threat], knn: dict[str, Any], work_dir: Path | None, say: Say
+    subject: Subject,
+    threats: Sequence[Threat],
+    knn: dict[str, Any],
+    work_dir: Path | None,
+    say: Say,
+    world: World,
+    stop: Stop,
 ) -> tuple[Defence, dict[str, Any], str]:
     """Return the nearest neighbours, what a row says of them, and that in words.
 
     threats: what they are attacked with; knn: their options. work_dir: where their bank is kept, in `knn`; by default
-    see `knn_bank.open_index`.
+    see `knn_bank.open_index`, which the ranks of the world call together. stop: as `run_suites` has it.
+
+    Raises: Stopped.
     """
     from fasttht.knn import Defence
     from fasttht.knn_bank import FOLDER, bank_source
@@ -81,7 +91,8 @@ def open_defence(
     source, title = bank_source(subject, knn["features"])
     if not threats:
         say("--suites knn: expected --eval-steps above 0 to attack with, got none; clean images only")
-    defence = Defence(subject, threats, **knn, folder=None if work_dir is None else work_dir / FOLDER, say=say)
+    folder = None if work_dir is None else work_dir / FOLDER
+    defence = Defence(subject, threats, **knn, folder=folder, say=say, world=world, stop=stop)
     words = f"knn: k {knn['k']}, {knn['weighting']} weights, {knn['features']} features, bank by {title}"
     return defence, {f"knn_{name}": value for name, value in knn.items()} | {"knn_bank": source}, words
 

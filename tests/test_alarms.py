@@ -233,14 +233,20 @@ def test_what_is_not_in_the_row_is_not_judged_and_is_named() -> None:
     row = {"images": 360, "clean_top1": 98.0, "pgd10_top1": 60.0}
     assert raised(row) == {}
     sentences = missing(row)
-    assert len(sentences) == 10
+    assert len(sentences) == 9
     assert "not checked: random noise against the attack; --eval-steps 0 10 would" in sentences
     assert "not checked: AutoAttack against PGD; --suites autoattack would" in sentences
-    fewer = missing({**row, "pgd50_top1": 59.0, "pgd0_top1": 97.0, "pgd10_zero_grad_pct": 0.0, "autoattack_top1": 50.0})
+    fewer = missing({**row, "pgd50_top1": 59.0, "pgd0_top1": 97.0, "autoattack_top1": 50.0})
     assert set(fewer) < set(sentences)
     assert len(fewer) == 5
     with pytest.raises(ValueError, match="number of images"):
         look({"clean_top1": 98.0}, classifier="linear", chance=10.0)
+
+
+def test_zero_gradients_are_looked_at_by_any_attack_that_takes_steps_even_one_that_leaves_nothing_right() -> None:
+    sentence = "not checked: the share of zero gradients; any PGD attack would"
+    for attacked, checked in (({}, False), ({"pgd0_top1": 97.0}, False), ({"pgd10_eps1_top1": 0.0}, True)):
+        assert (sentence not in missing({"images": 360, "clean_top1": 98.0, **attacked})) == checked
 
 
 # --- on networks

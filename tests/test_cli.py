@@ -232,6 +232,24 @@ def test_no_memory_is_one_line_and_6(run: Run, monkeypatch: pytest.MonkeyPatch, 
     assert err.startswith(f"fasttht: memory: expected enough, got: {str(error) or 'no room'}; lower --batch-size")
 
 
+@pytest.mark.parametrize("words", [["train"], ["pretrain"], ["eval"], ["export"], ["plot", "steps"], ["doctor"], []])
+def test_what_to_do_without_memory_names_options_that_the_command_has(
+    words: list[str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def app(*args: object, **options: object) -> None:
+        raise MemoryError
+
+    app.config = ()  # type: ignore[attr-defined]
+    _, there, _ = run(*words, "--help")
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "app", app)
+        code, _, err = run(*words)
+    assert (code, err.count("\n")) == (6, 1)
+    named = re.findall(r"--[a-z-]+", err)
+    assert bool(named) == (words in (["train"], ["pretrain"]))
+    assert [flag for flag in named if flag not in there] == []
+
+
 def test_no_thread_is_one_line_and_6(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start
 
@@ -535,4 +553,4 @@ def test_too_little_memory_is_one_line_and_code_6(
 
     monkeypatch.setattr(cli, "app", fail)
     assert cli.run(["doctor"]) == 6
-    assert "lower --batch-size" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("Tried to allocate 20.00 GiB.; free some, or do less at once\n")

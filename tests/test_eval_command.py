@@ -240,6 +240,7 @@ def test_suites_get_the_rows_and_their_hits_join_the_row(
 
     class Knn:
         def __init__(self, subject: Subject, threats: list[Threat], **options: Any) -> None:
+            assert (options.pop("world").size, options.pop("stop").signal) == (1, None)
             options.pop("say")
             calls.append(([threat.name for threat in threats], options))
 

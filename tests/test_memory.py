@@ -160,6 +160,27 @@ def test_an_evaluation_without_memory_proposes_smaller_batches(
     assert cli.run([*words[name], "--eval-batch-size", found[1]]) == 0
 
 
+@pytest.mark.parametrize("where", ["fasttht.knn_bank.encoded", "fasttht.knn.neighbour_margin", "fasttht.knn.away_from"])
+def test_the_nearest_neighbours_propose_smaller_batches_as_well(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert cli.run([*TRAIN, "--output", str(run)]) == 0
+    words = ["eval", str(run), "--eval-steps", "1", "--suites", "knn", "--knn-features", "trunk", "--limit", "20"]
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError(ON_CUDA)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, fail)
+        assert cli.run(words) == 6
+    said = capsys.readouterr().err
+    assert re.search(r"evaluation: expected memory for \d+ images at once, got none for 2.00 GiB more", said), said
+    found = re.search(r"the same command with --eval-batch-size (\d+) is expected to fit", said)
+    assert found is not None, said
+    assert cli.run([*words, "--eval-batch-size", found[1]]) == 0
+
+
 def test_a_real_allocation_that_fails_is_explained(tmp_path: Path) -> None:
     """A process that may have 64 MiB more, and whose step wants a gibibyte."""
     run, plain = tmp_path / "run", Trainer._step

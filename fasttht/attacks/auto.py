@@ -10,7 +10,6 @@ a kill leaves half written has no such name; a file whose checksum or key is ano
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import time
@@ -31,11 +30,12 @@ from fasttht.attacks.auto_results import Done, Results, digest
 from fasttht.attacks.auto_warnings import as_alarms, library_warnings
 from fasttht.attacks.pgd import evaluating
 from fasttht.distributed import SOLO
-from fasttht.errors import UsageError
+from fasttht.errors import UsageError, is_shortage
 from fasttht.meeting import Meeting
 from fasttht.pipelines import ResourceError
 from fasttht.signals import Stop
 from fasttht.subject import Subject, images
+from fasttht.suites import check_names
 
 # What each suite runs, under pyautoattack's names, and what each result is called.
 SUITES: dict[str, dict[str, str]] = {
@@ -74,11 +74,7 @@ def check(subject: Subject, names: Sequence[str]) -> None:
     Raises: UsageError for a suite that is none, a missing library, a norm that the library has not, or data of too few
     classes for the DLR loss.
     """
-    for name in names:
-        if name not in SUITES:
-            near = difflib.get_close_matches(name, SUITES, n=1)
-            hint = f"did you mean {near[0]}?" if near else "give one of these"
-            raise UsageError(f"--suites: expected some of {', '.join(SUITES)}, got {name}; {hint}")
+    check_names(names, tuple(SUITES))
     _library()
     attack, classes = subject.config.attack, subject.splits.num_classes
     if attack.norm not in _NORMS:
@@ -210,9 +206,11 @@ def _attack(
     with library_warnings(library) as warnings, _random_state():
         try:
             _, predicted = auto.run_standard_evaluation(x[chosen], y[chosen], batch_size=len(x))
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
             raise ResourceError(
-                f"{attack}: expected room for a chunk of {len(x)} images on {device}, got none; take smaller chunks"
+                f"{attack}: expected room for a chunk of {len(x)} images on {device}, got none; free memory there"
             ) from None
     hits[hits.clone()] = (predicted == y[chosen]).cpu()
     return Done(hits, tuple(warnings))

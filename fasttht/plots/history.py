@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,10 +27,7 @@ def rows_of(path: Path) -> list[Row]:
     folder = RunFolder(path)
     if not folder.exists():
         raise CheckpointError(f"{path}: expected a run folder with {CONFIG}, got none")
-    try:
-        rows = folder.rows()
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path / METRICS}: expected a line of JSON for each row, got {error}") from None
+    rows = folder.rows()
     if not rows:
         raise CheckpointError(f"{path}: expected a run with rows in {METRICS}, got none yet; let it train on")
     return rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,21 +64,14 @@ def write_picture(draw: Callable[[], tuple[Figure, str]], folder: Path, name: st
     """Draw, write NAME.png and, if there are data, NAME.json beside it; say where, and return the picture's path."""
     from fasttht import log
     from fasttht.plots.style import png, styled
+    from fasttht.run_folder import write_whole
 
     with styled():
         fig, words = draw()
         content = png(fig, words)
     folder.mkdir(parents=True, exist_ok=True)
     if data is not None:
-        replace(folder / f"{name}.json", (json.dumps(data) + "\n").encode())
-    replace(folder / f"{name}.png", content)
+        write_whole(folder / f"{name}.json", json.dumps(data) + "\n", shared=True)
+    write_whole(folder / f"{name}.png", content, shared=True)
     log.say(f"picture: {folder / f'{name}.png'}")
     return folder / f"{name}.png"
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a file as a whole: a kill leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    partial.write_bytes(content)
-    partial.replace(path)

@@ -13,11 +13,11 @@ from typing import Any
 from fasttht.config_file import stored
 from fasttht.errors import UsageError
 from fasttht.eval_files import kept_rows
-from fasttht.plots import lines, place
+from fasttht.plots import lines
 from fasttht.plots.history import Row, chosen_metrics, rows_of
 from fasttht.plots.style import png, run_names, styled
 from fasttht.plots.sweep import wilson
-from fasttht.run_folder import CONFIG
+from fasttht.run_folder import CONFIG, write_whole
 
 NAME = "report.html"
 
@@ -73,7 +73,8 @@ def write_report(run: Path, folder: Path, alarms: Path | None = None) -> Path:
 </body>
 </html>
 """
-    place.replace(folder / NAME, page.encode("utf-8", "replace"))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / NAME, page.encode("utf-8", "replace"), shared=True)
     return folder / NAME
 
 

@@ -25,7 +25,7 @@ from fasttht.eval_rows import choose_rows
 from fasttht.evaluate import evaluate, step_size
 from fasttht.pipelines.loader import Batch
 from fasttht.pipelines.samples import Samples
-from fasttht.plots.place import replace
+from fasttht.run_folder import write_whole
 from fasttht.subject import Subject, images
 
 FILE = "points.json"
@@ -92,7 +92,8 @@ def load(path: Path) -> list[Point]:
 
 def save(path: Path, points: Sequence[Point]) -> None:
     """Replace the file of points, one to a line."""
-    replace(path, ("[\n" + ",\n".join(json.dumps(point) for point in points) + "\n]\n").encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "[\n" + ",\n".join(json.dumps(point) for point in points) + "\n]\n", shared=True)
 
 
 def measure(

@@ -383,12 +383,15 @@ def test_what_the_library_cannot_do_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no room: out of memory"), RuntimeError("can't allocate memory")]
+)
 def test_a_chunk_too_large_for_the_memory_is_a_sentence(
-    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         torch.manual_seed(5)  # the guard around the test sees that this, too, is undone
-        raise torch.OutOfMemoryError("no room")
+        raise error
 
     monkeypatch.setattr("pyautoattack.AutoAttack.run_standard_evaluation", fail)
     with pytest.raises(ResourceError, match="apgd-ce: expected room for a chunk of 8 images on cpu"):

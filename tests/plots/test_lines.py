@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +198,27 @@ def test_points_are_kept_whole_or_not_at_all(tmp_path: Path) -> None:
         file.write_text(damaged)
         with pytest.raises(UsageError, match="expected measured points"):
             sweep.load(file)
+
+
+def test_a_full_disk_leaves_the_old_points_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / sweep.FILE
+    sweep.save(file, [point(1)])
+    plain = Path.open
+
+    def full(path: Path, mode: str = "r", **options: Any) -> Any:
+        out = plain(path, mode, **options)
+        if "w" in mode:
+            out.write(b"half")
+            out.close()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return out
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{file}'")):
+        sweep.save(file, [point(1), point(2)])
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == [sweep.FILE]
+    assert sweep.load(file) == [point(1)]
 
 
 def test_a_picture_of_several_runs_does_not_replace_that_of_one() -> None:
