@@ -58,7 +58,7 @@ def signalled(mode: str, number: int, at: Context, *, timed: bool) -> str:
     trace = run.with_name("trace.txt")
     steps = moments.trace_of(trace).keys() if trace.exists() else set()
     # A batch that has come belongs to the step after; before the first step of all, nothing is lost by taking it.
-    last = moment[0] + moment[1].startswith("batch")
+    last = moment[0] + moment[1].startswith(("batch", "leave data_wait"))
     late_ones = [step for step in steps if step > max(last, 1)]
     assert not late_ones, f"{sent.name} at {moment}: step {late_ones[0]} began after it"
     kill.ends_alike(words, base, run, at, moment[0] + 1 if at.short else None)
