@@ -3,17 +3,20 @@
 All that a broken exchange itself knows is that some neighbour hung up or did not answer. So the first rank that sees
 one break raises an alarm in the store that torchrun keeps for its processes. A thread of every process looks for it,
 and answers with what its rank is doing: who does not answer is dead or frozen; who answers that it is at its own work
-is the slow one. Where no store is left, rank 0's process or machine is the one that is gone.
+is the slow one. Where no store is left, or none that answers, rank 0's process or machine is gone or frozen.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from torch._C._distributed_c10d import Store
 
@@ -28,13 +31,50 @@ _ANSWER_S = 3.0
 _END_S = 20.0
 
 
+# How long the store may take for one call. A frozen process that keeps it leaves calls without an end.
+_SILENT_S = 10.0
+
+
+class _Answering:
+    """A store whose calls raise RuntimeError if it does not answer: a thread makes each, and may be left behind."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._silent = store, False
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._store, name)
+
+        def call(*arguments: Any) -> Any:
+            answer: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+            def ask() -> None:
+                try:
+                    answer.put((method(*arguments), None))
+                except Exception as error:  # raised below, where somebody waits for it
+                    answer.put((None, error))
+
+            if self._silent:
+                raise RuntimeError("the store does not answer")
+            threading.Thread(target=ask, name="fasttht-store", daemon=True).start()
+            try:
+                found, error = answer.get(timeout=_SILENT_S)
+            except queue.Empty:
+                self._silent = True
+                raise RuntimeError(f"the store has not answered for {_SILENT_S:g} s") from None
+            if error is not None:
+                raise error
+            return found
+
+        return call
+
+
 class RollCall:
     """One rank's part of it. doing and step are set by the rank: what it waits for, and at which step it is."""
 
     def __init__(self, store: Store, rank: int, size: int, *, timeout_s: float) -> None:
         self.doing, self.step = "its own work", 0
         self.broken = False
-        self._store, self._rank, self._size, self._timeout_s = store, rank, size, timeout_s
+        self._store, self._rank, self._size, self._timeout_s = _Answering(store), rank, size, timeout_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="fasttht-roll-call", daemon=True)
         self._thread.start()
@@ -86,7 +126,7 @@ class RollCall:
         except RuntimeError:
             return PeerError(
                 f"{name}: rank {self._rank} lost the others, and the store that knows them: rank 0's process or "
-                f"machine is gone ({_first_line(cause)})"
+                f"machine is gone or frozen ({_first_line(cause)})"
             )
         if errors:
             rank, sentence = next(iter(errors.items()))

@@ -49,8 +49,8 @@ def rank(number: int, at: Context) -> str:
     lines = [line for text in said for line in text.splitlines() if line.startswith("fasttht: ")]
     expected = {"slow": f"rank {victim} is at step ", "an error": f"rank {victim}: val.beton: expected"}
     names = [expected.get(fault, f"rank {victim} does not answer, dead or frozen")]
-    if victim == 0 and fault.startswith("killed"):
-        # Without torchrun's agent rank 0 keeps the store through which the others ask: where it went, so did rank 0.
+    if victim == 0 and fault.startswith(("killed", "frozen")):
+        # Without torchrun's agent rank 0 keeps the store through which the others ask: as the one is, so is the other.
         names.append("rank 0's process or machine")
     assert any(name in line for name in names for line in lines), f"{fault}: expected {names}, got {said}"
     assert not any("Traceback" in text for text in said), said
