@@ -224,8 +224,16 @@ def doctor(*, output: Path = Path("runs")) -> int:
 
 @app.command(name="config")
 def show_config(*, preset: Preset = None, config_path: ConfigFile = None, config: Config | None = None) -> int:
-    """Print the resolved configuration as TOML: what `train` with the same words would run."""
-    sys.stdout.write(config_file.to_toml(resolve(config or TrainConfig())))
+    """Print the resolved configuration as TOML: what `train` with the same words would run.
+
+    A preset for data of one's own, without --data, comes without the clean encoder that `train` will ask for.
+    """
+    given = config or TrainConfig()
+    chosen, asked = resolve(given), given.data.data is None and given.method.clean_encoder is None
+    if preset not in (None, config_file.QUICKSTART) and asked and chosen.method.clean_encoder is not None:
+        chosen.method.clean_encoder = None  # the embedded digits' default, which is no one else's
+        sys.stdout.write("# train asks for --data and --clean-encoder beside this\n")
+    sys.stdout.write(config_file.to_toml(chosen))
     return 0
 
 

@@ -95,7 +95,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 def _check_same(path: Path, head: dict[str, Any], settings: Mapping[str, Any]) -> None:
     if head["version"] != VERSION:
-        raise DataError(f"{path}: expected journal version {VERSION}, got {head['version']}; force the write")
+        raise DataError(f"{path}: expected journal version {VERSION}, got {head['version']}; add --force")
     check_settings(path, head["settings"], settings)
 
 

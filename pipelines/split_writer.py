@@ -148,7 +148,7 @@ class _Split:
         records, self.reasons = read_journal(self.journal, self.identity)
         self.records = [records]
         if len(records) and not self.partial.exists():
-            raise DataError(f"{self.partial}: expected the images that its journal lists, got no file; force the write")
+            raise DataError(f"{self.partial}: expected the images that its journal lists, got no file; add --force")
         try:
             with open(self.partial, "r+b" if len(records) else "w+b") as file:
                 yield file
@@ -286,7 +286,7 @@ def refuse_existing(path: Path, *, force: bool = False, resume: bool = False) ->
     for file in (path, manifest_path(path)):
         # A write that was killed at the very end may have left its manifest without the file.
         if file.exists() and not (resume and file != path):
-            raise DataError(f"{file}: expected no such file, got one; choose another output or force the write")
+            raise DataError(f"{file}: expected no such file, got one; choose another output, or add --force")
     if journal_path(path).exists() and not resume:
         raise DataError(f"{path}: expected no unfinished write, got one; resume it, or start anew by force")
 

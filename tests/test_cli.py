@@ -379,8 +379,27 @@ def test_write_train_resume_and_evaluate_a_folder_of_images(run: Run) -> None:
     assert code == 0, err
 
 
+def test_config_of_a_preset_leaves_the_clean_encoder_to_be_asked_for(run: Run) -> None:
+    """What it prints must not train with the digits' default where `train --preset` would refuse to."""
+    make_tree(Path("tree"))
+    for words, expected in (
+        (("--preset", "that-r50-pgd10"), False), (("--preset", "that-r152-moco"), True), ((), True),
+        (("--preset", "that-r50-pgd10", "--data", "tree", "--clean-encoder", "momentum", "--batch-size", "12"), True),
+    ):  # fmt: skip
+        code, out, err = run("config", *words)
+        assert code == 0, err
+        assert ('clean_encoder = "momentum"' in out) is expected, words
+    _, out, _ = run("config", "--preset", "that-r50-pgd10")
+    assert out.startswith("# train asks for --data and --clean-encoder beside this\n")
+    Path("p.toml").write_text(out)
+    refused(run, 2, "--clean-encoder", words=("train", "--config", "p.toml", "--data", "tree"))
+
+
 def test_config_prints_what_reads_back_to_itself(run: Run) -> None:
-    for words in ([], ["--replay", "4"], ["--preset", "that-r152-pgd10"], ["--preset", "that-r50-free", "--lr", "0.4"]):
+    g = ["--clean-encoder", "momentum"]
+    for words in (
+        [], ["--replay", "4"], ["--preset", "that-r152-pgd10", *g], ["--preset", "that-r50-free", *g, "--lr", "0.4"],
+    ):  # fmt: skip
         code, out, err = run("config", *words)
         assert code == 0, err
         Path("c.toml").write_text(out)
