@@ -123,6 +123,6 @@ KIND = Kind(
     "mismatch",
     len(FLAGS) + len(EDITS),
     "exit 4 (3 for the data) in one line with both values",
-    "the standard fp32 run of kill, stopped at step 40",
+    "the standard fp32 run of kill, stopped at step 40, and for a delta the free one",
     mismatch,
 )
