@@ -111,5 +111,5 @@ def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, An
         got = ", ".join(f"{name} {wanted.get(name)}" for name in different)
         raise DataError(
             f"{path}: expected the settings and images that this write began with ({expected}), got {got}; "
-            "resume with those, or start anew by force"
+            "resume with those, or start anew with --force"
         )

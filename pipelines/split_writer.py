@@ -250,7 +250,7 @@ class _Split:
                 file.seek(start)
                 if zlib.crc32(file.read(size)) != checksum:
                     problem = f"{self.partial}: expected the {len(noted):,} images that its journal lists"
-                    raise DataError(f"{problem}, got other bytes for {self.samples.where(i)}; start anew by force")
+                    raise DataError(f"{problem}, got other bytes for {self.samples.where(i)}; start anew with --force")
         tally.done = tally.resumed = len(noted)
         self.is_sound = True
         file.truncate(writer.end if len(noted) else 0)
@@ -288,7 +288,7 @@ def refuse_existing(path: Path, *, force: bool = False, resume: bool = False) ->
         if file.exists() and not (resume and file != path):
             raise DataError(f"{file}: expected no such file, got one; choose another output, or add --force")
     if journal_path(path).exists() and not resume:
-        raise DataError(f"{path}: expected no unfinished write, got one; resume it, or start anew by force")
+        raise DataError(f"{path}: expected no unfinished write, got one; add --resume, or --force to start anew")
 
 
 def finished_report(path: Path, job: Mapping[str, Any], images: str, *, force: bool = False) -> WriteReport | None:

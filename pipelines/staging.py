@@ -76,7 +76,7 @@ def _open_staging(output: Path, *, resume: bool, force: bool) -> tuple[Path, int
     for _, lock in left:
         os.close(lock)
     if left:
-        raise DataError(f"{left[0][0]}: expected no unfinished write, got one; resume it, or start anew by force")
+        raise DataError(f"{left[0][0]}: expected no unfinished write, got one; add --resume, or --force to start anew")
     if busy and resume:
         raise DataError(f"{busy[0]}: expected an unfinished write to resume, got one that another process is at")
     return _make_staging(output)

@@ -241,7 +241,7 @@ def test_an_unfinished_write_is_reported_and_goes_by_force(tree: Path, tmp_path:
         write_split(
             samples, path, on_error="skip", progress=stop_at(30, DataError("expected peace, got input stopping"))
         )
-    with pytest.raises(DataError, match=r"x\.beton: expected no unfinished write, got one; resume it, or start anew"):
+    with pytest.raises(DataError, match=r"x\.beton: expected no unfinished write, got one; add --resume, or --force"):
         write_split(samples, path, on_error="skip")
     write_split(samples, path, on_error="skip", force=True)
     write_split(samples, tmp_path / "y.beton", on_error="skip")
@@ -275,7 +275,7 @@ def test_resuming_on_other_bytes_than_the_journal_lists_is_refused(damage: str, 
         partial.unlink()
     else:
         partial.write_bytes(content[: len(content) // 2] if damage == "cut" else bytes(len(content)))
-    with pytest.raises(DataError, match=r"partial: expected the .* that its journal lists.* force") as refused:
+    with pytest.raises(DataError, match=r"partial: expected the .* that its journal lists.*force") as refused:
         write_split(samples, path, on_error="skip", resume=True)
     assert "resume" not in str(refused.value)
 
