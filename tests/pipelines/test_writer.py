@@ -339,7 +339,7 @@ def test_a_failure_in_the_second_split_shows_no_first_one(made_before: bool, tmp
     with pytest.raises(DataError, match="n01443537_0"):
         write_dataset("imagenet", source, output)
     assert list(output.glob("*.beton*")) == []
-    with pytest.raises(DataError, match="expected no unfinished write, got one; add --resume, or --force to start anew"):
+    with pytest.raises(DataError, match="expected no unfinished write, got one; add --resume, or --force"):
         write_dataset("imagenet", source, output)
     reports = write_dataset("imagenet", source, output, resume=True, on_error="skip")
     assert (reports["train"].num_samples, reports["val"].num_samples) == (6, 1)
