@@ -106,11 +106,16 @@ def damage(number: int, at: Context) -> str:
     if both:
         line = runs.one_line(runs.call(words, at.folder), 4)
         return f"{what}, and the older ones: {line[:80]}"
-    code = runs.train(words, run, until=UNTIL)
+    return older_one_used(what, words, base, run, at, UNTIL)
+
+
+def older_one_used(what: str, words: list[str], base: runs.Baseline, run: Path, at: Context, until: int) -> str:
+    """Resume a run whose newest checkpoint is damaged: that is said, and the bytes are an uninterrupted run's."""
+    code = runs.train(words, run, until=until)
     said = runs.tail(at.folder / "said.txt", 5000)
     assert code == 0, f"{what}: exit {code}: {said}"
     assert "damaged, trying an older one" in said, f"{what}: nothing was said: {said}"
-    runs.same(run, base.snapshot(UNTIL))
+    runs.same(run, base.snapshot(until))
     return f"{what}: said, older one used"
 
 

@@ -43,12 +43,7 @@ def _damaged(number: int, at: Context) -> str:
         keep = draw.randrange(path.stat().st_size)
         path.write_bytes(path.read_bytes()[:keep])
         what = f"{path.name} cut to {keep} bytes"
-    code = runs.train(runs.command(runs.PRETRAIN, run), run, until=UNTIL)
-    said = runs.tail(at.folder / "said.txt", 5000)
-    assert code == 0, f"{what}: exit {code}: {said}"
-    assert "damaged, trying an older one" in said, f"{what}: nothing was said: {said}"
-    runs.same(run, base.snapshot(UNTIL))
-    return f"{what}: said, older one used"
+    return damage.older_one_used(what, runs.command(runs.PRETRAIN, run), base, run, at, UNTIL)
 
 
 KIND = Kind(
